@@ -1,0 +1,5 @@
+"""Tensor operations: a PyTorch reference for each, faster kernels where they exist, one dispatcher. Imports torch alone."""
+from .dispatch import use
+from .pool_mixer import pool_mixer
+
+__all__ = ['pool_mixer', 'use']

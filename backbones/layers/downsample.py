@@ -1,0 +1,32 @@
+"""Convolutional stems and downsampling whose maps have ceil(size / stride) positions at every size."""
+from torch import Tensor, nn
+
+from .grid import pad_bottom_right, to_first, to_last
+from .norm import NormFactory
+
+
+class ConvDownsample(nn.Module):
+    """[norm] -> strided convolution -> [norm], to (B, H, W, C).
+
+    Where kernel and padding would drop the last rows or columns of a size that stride does not divide, zeros are added
+    below and to the right first; at sizes where nothing is dropped, values are those of the bare convolution.
+
+    Args:
+        image: the input is (B, C, H, W), an image, instead of (B, H, W, C), a map.
+    """
+
+    def __init__(self, in_dim: int, dim: int, *, kernel: int, stride: int, padding: int, pre_norm: NormFactory | None = None,
+                 post_norm: NormFactory | None = None, image: bool = False):
+        super().__init__()
+        self.image, self.stride = image, stride
+        self.drops_border = kernel > 2 * padding + 1
+        self.pre_norm = pre_norm(in_dim) if pre_norm else nn.Identity()
+        self.conv = nn.Conv2d(in_dim, dim, kernel, stride, padding)
+        self.post_norm = post_norm(dim) if post_norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.image:
+            x = to_first(self.pre_norm(x))
+        if self.drops_border:
+            x = pad_bottom_right(x, self.stride)
+        return self.post_norm(to_last(self.conv(x)))

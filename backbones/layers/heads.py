@@ -1,0 +1,55 @@
+"""Classifier heads of the families: from pooled features (B, C) to logits (B, K)."""
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .mlp import SquaredReLU
+
+
+class LinearHead(nn.Linear):
+    """Dropout and one linear layer."""
+
+    def __init__(self, dim: int, num_classes: int, drop_rate: float):
+        super().__init__(dim, num_classes)
+        self.drop_rate = drop_rate
+        self.hidden_size = dim
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return x if pre_logits else super().forward(F.dropout(x, self.drop_rate, self.training))
+
+
+class MlpHead(nn.Module):
+    """Widen, squared ReLU, LayerNorm, dropout, linear. MetaFormer Baselines, arXiv 2210.13452."""
+
+    def __init__(self, dim: int, num_classes: int, drop_rate: float, ratio: int = 4):
+        super().__init__()
+        self.hidden_size = ratio * dim
+        self.fc1 = nn.Linear(dim, self.hidden_size)
+        self.act = SquaredReLU()
+        self.norm = nn.LayerNorm(self.hidden_size)
+        self.drop = nn.Dropout(drop_rate)
+        self.fc2 = nn.Linear(self.hidden_size, num_classes)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.norm(self.act(self.fc1(x)))
+        return x if pre_logits else self.fc2(self.drop(x))
+
+
+class NoHead(nn.Module):
+    """Returns the pooled features."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.hidden_size = dim
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return x
+
+
+def build_head(kind: str, dim: int, num_classes: int, drop_rate: float) -> LinearHead | MlpHead | NoHead:
+    """The head `kind` ('linear' or 'mlp'); for 0 classes one that returns the features."""
+    if num_classes == 0:
+        return NoHead(dim)
+    heads: dict[str, type[LinearHead] | type[MlpHead]] = {'linear': LinearHead, 'mlp': MlpHead}
+    if kind not in heads:
+        raise ValueError(f'head must be one of {", ".join(heads)}, got {kind!r}')
+    return heads[kind](dim, num_classes, drop_rate)

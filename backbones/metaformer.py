@@ -1,0 +1,142 @@
+"""IdentityFormer, RandFormer, PoolFormerV2, ConvFormer, CAFormer: MetaFormer Baselines for Vision, arXiv 2210.13452.
+
+Written from the paper and the facts of the authors' code, https://github.com/sail-sg/metaformer (Apache-2.0; the weights
+carry the same licence). Key names are the authors'. Differs: sizes that stride 4 does not divide are padded where the
+authors' stem drops border pixels. The authors published no dense form: ours returns the stages' raw maps.
+"""
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .layers import NORMS, ConvDownsample, MetaFormerBlock, Mlp, RandomMixer, build_mixer, drop_path_schedule
+from .layers.grid import ceil_div
+from .registry import Weights, register, weights
+from .sizes import FixedSize
+from .skeleton import Hierarchical, check_stages, per_stage
+
+_RANDOM = 'its random matrices hold one row per position; build the model with img_size= for another size'
+
+
+class MetaFormer(Hierarchical):
+    """Any token mixer per stage between channel MLPs with StarReLU, residual scales in the last two stages.
+
+    Args:
+        depths, dims: blocks and channels of each stage.
+        mixers: token mixer by name or dict(name=..., option=...), one for all stages or one per stage.
+        norm: normalisation of the blocks, by name.
+        mlp_ratio: width of the MLPs over that of the stage.
+        act: activation of the MLPs, by name.
+        layer_scale, res_scale: start value of learnable scales of branches and of residuals, one for all stages or
+            one per stage; None leaves them out.
+        head: 'linear' or 'mlp' (four times wider hidden layer with squared ReLU).
+        img_size: height and width that size-dependent mixers ('random') are made for; 224 if None.
+        The others: see `Hierarchical.assemble`.
+    """
+
+    def __init__(self, *, depths: Sequence[int] = (2, 2, 6, 2), dims: Sequence[int] = (64, 128, 320, 512),
+                 mixers: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] = 'identity',
+                 norm: str = 'layer_no_bias', mlp_ratio: float = 4.0, act: str = 'star_relu',
+                 layer_scale: float | None | Sequence[float | None] = None,
+                 res_scale: float | None | Sequence[float | None] = (None, None, 1.0, 1.0), head: str = 'linear',
+                 drop_path_rate: float = 0.0, drop_rate: float = 0.0, in_chans: int = 3, num_classes: int = 1000,
+                 img_size: int | tuple[int, int] | None = None, features_only: bool = False,
+                 out_indices: int | Sequence[int] = (0, 1, 2, 3)):
+        super().__init__()
+        depths, dims = check_stages(depths, dims)
+        size = img_size if img_size is not None else 224
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        plain = NORMS['layer_no_bias']
+        stem = ConvDownsample(in_chans, dims[0], kernel=7, stride=4, padding=2, post_norm=plain, image=True)
+        downsamplings = [ConvDownsample(a, b, kernel=3, stride=2, padding=1, pre_norm=plain)
+                         for a, b in zip(dims, dims[1:])]
+        stages = [
+            [MetaFormerBlock(dim=dim, norm=NORMS[norm], drop_path=rate, layer_scale=layer, res_scale=res,
+                             mixer=build_mixer(mixer, dim=dim, grid=(ceil_div(height, stride), ceil_div(width, stride))),
+                             mlp=Mlp(dim=dim, ratio=mlp_ratio, act=act, bias=False))
+             for rate in rates]
+            for dim, mixer, stride, rates, layer, res in zip(
+                dims, per_stage('mixers', mixers), self.strides, drop_path_schedule(depths, drop_path_rate),
+                per_stage('layer_scale', layer_scale), per_stage('res_scale', res_scale))]
+        self.assemble(
+            dims=dims, downsamplings=[stem, *downsamplings], stages=stages, output_norm=None, norm=NORMS['layer'],
+            head=head, in_chans=in_chans, num_classes=num_classes, drop_rate=drop_rate, features_only=features_only,
+            out_indices=out_indices)
+        if any(isinstance(module, RandomMixer) for module in self.modules()):
+            self.sizes = FixedSize((height, width), _RANDOM)
+        self.apply(self.init_weights)
+
+
+class RandFormer(MetaFormer):
+    """MetaFormer whose last two stages mix tokens by fixed random matrices: one image size alone."""
+
+    sizes = FixedSize(224, _RANDOM)
+
+
+_HUB = 'https://huggingface.co/sail/dl/resolve/main/'
+_PAPER = dict(paper='https://arxiv.org/abs/2210.13452', origin='https://github.com/sail-sg/metaformer')
+_S, _M, _B = (64, 128, 320, 512), (96, 192, 384, 768), (128, 256, 512, 768)
+_M36 = (96, 192, 384, 576)
+_RAND = ('identity', 'identity', 'random', 'random')
+_CA = ('conv', 'conv', 'attention', 'attention')
+
+
+def _in1k(path: str, *, top1: float, params: float, macs: float) -> list[Weights]:
+    """Weights of the families with simple mixers: ImageNet-1k at 224."""
+    return [weights('sail_in1k', f'{_HUB}{path}.pth', top1=top1, params=params, macs=macs, crop_pct=1.0, **_PAPER)]
+
+
+def _all(path: str, *, top1: Sequence[float], params: float, macs: Sequence[float]) -> list[Weights]:
+    """The five published sets of ConvFormer and CAFormer.
+
+    Args:
+        top1: ImageNet-1k at 224 and 384, then pre-trained on ImageNet-21k and tuned at 224 and 384.
+        macs: at 224 and 384, in 1e9.
+    """
+    common: dict[str, Any] = dict(params=params, crop_pct=1.0, classifier='head.fc2', **_PAPER)
+    small, large = dict(macs=macs[0], size=224, **common), dict(macs=macs[1], size=384, **common)
+    return [weights('sail_in1k', f'{_HUB}{path}.pth', top1=top1[0], **small),
+            weights('sail_in1k_384', f'{_HUB}{path}_384.pth', top1=top1[1], **large),
+            weights('sail_in22k_ft_in1k', f'{_HUB}{path}_in21ft1k.pth', top1=top1[2], **small),
+            weights('sail_in22k_ft_in1k_384', f'{_HUB}{path}_384_in21ft1k.pth', top1=top1[3], **large),
+            weights('sail_in22k', f'{_HUB}{path}_in21k.pth', top1=None, num_classes=21841, **small)]
+
+
+def _simple(name: str, cls: type[MetaFormer], mixers: str | tuple[str, ...], *, depths: Sequence[int],
+            dims: Sequence[int], drop_path: float, top1: float, params: float, macs: float) -> None:
+    register(name, cls, depths=depths, dims=dims, mixers=mixers, norm='joint_no_bias', drop_path=drop_path,
+             weights=_in1k(f'{name.split("_")[0]}/{name}', top1=top1, params=params, macs=macs))
+
+
+def _strong(name: str, mixers: str | tuple[str, ...], *, depths: Sequence[int], dims: Sequence[int], drop_path: float,
+            drop: float, top1: Sequence[float], params: float, macs: Sequence[float]) -> None:
+    register(name, MetaFormer, depths=depths, dims=dims, mixers=mixers, head='mlp', drop_path=drop_path, drop=drop,
+             weights=_all(f'{name.split("_")[0]}/{name}', top1=top1, params=params, macs=macs))
+
+
+_simple('identityformer_s12', MetaFormer, 'identity', depths=(2, 2, 6, 2), dims=_S, drop_path=0.1, top1=74.6, params=11.9, macs=1.8)
+_simple('identityformer_s24', MetaFormer, 'identity', depths=(4, 4, 12, 4), dims=_S, drop_path=0.1, top1=78.2, params=21.3, macs=3.4)
+_simple('identityformer_s36', MetaFormer, 'identity', depths=(6, 6, 18, 6), dims=_S, drop_path=0.2, top1=79.3, params=30.8, macs=5.0)
+_simple('identityformer_m36', MetaFormer, 'identity', depths=(6, 6, 18, 6), dims=_M, drop_path=0.3, top1=80.0, params=56.1, macs=8.8)
+_simple('identityformer_m48', MetaFormer, 'identity', depths=(8, 8, 24, 8), dims=_M, drop_path=0.4, top1=80.4, params=73.3, macs=11.5)
+
+# params: the trained ones and the frozen random matrices together
+_simple('randformer_s12', RandFormer, _RAND, depths=(2, 2, 6, 2), dims=_S, drop_path=0.1, top1=76.6, params=12.1, macs=1.9)
+_simple('randformer_s24', RandFormer, _RAND, depths=(4, 4, 12, 4), dims=_S, drop_path=0.1, top1=78.2, params=21.8, macs=3.5)
+_simple('randformer_s36', RandFormer, _RAND, depths=(6, 6, 18, 6), dims=_S, drop_path=0.2, top1=79.5, params=31.5, macs=5.2)
+_simple('randformer_m36', RandFormer, _RAND, depths=(6, 6, 18, 6), dims=_M, drop_path=0.3, top1=81.2, params=56.8, macs=9.0)
+_simple('randformer_m48', RandFormer, _RAND, depths=(8, 8, 24, 8), dims=_M, drop_path=0.3, top1=81.4, params=74.2, macs=11.9)
+
+_simple('poolformerv2_s12', MetaFormer, 'pool', depths=(2, 2, 6, 2), dims=_S, drop_path=0.1, top1=78.0, params=11.9, macs=1.8)
+_simple('poolformerv2_s24', MetaFormer, 'pool', depths=(4, 4, 12, 4), dims=_S, drop_path=0.1, top1=80.7, params=21.3, macs=3.4)
+_simple('poolformerv2_s36', MetaFormer, 'pool', depths=(6, 6, 18, 6), dims=_S, drop_path=0.2, top1=81.6, params=30.8, macs=5.0)
+_simple('poolformerv2_m36', MetaFormer, 'pool', depths=(6, 6, 18, 6), dims=_M, drop_path=0.3, top1=82.2, params=56.1, macs=8.8)
+_simple('poolformerv2_m48', MetaFormer, 'pool', depths=(8, 8, 24, 8), dims=_M, drop_path=0.4, top1=82.6, params=73.3, macs=11.5)
+
+_strong('convformer_s18', 'conv', depths=(3, 3, 9, 3), dims=_S, drop_path=0.2, drop=0.0, top1=(83.0, 84.4, 83.7, 85.0), params=26.8, macs=(3.9, 11.6))
+_strong('convformer_s36', 'conv', depths=(3, 12, 18, 3), dims=_S, drop_path=0.3, drop=0.0, top1=(84.1, 85.4, 85.4, 86.4), params=40.0, macs=(7.6, 22.4))
+_strong('convformer_m36', 'conv', depths=(3, 12, 18, 3), dims=_M36, drop_path=0.4, drop=0.0, top1=(84.5, 85.6, 86.1, 86.9), params=57.1, macs=(12.8, 37.7))
+_strong('convformer_b36', 'conv', depths=(3, 12, 18, 3), dims=_B, drop_path=0.6, drop=0.0, top1=(84.8, 85.7, 87.0, 87.6), params=99.9, macs=(22.6, 66.5))
+
+_strong('caformer_s18', _CA, depths=(3, 3, 9, 3), dims=_S, drop_path=0.15, drop=0.0, top1=(83.6, 85.0, 84.1, 85.4), params=26.3, macs=(4.1, 13.4))
+_strong('caformer_s36', _CA, depths=(3, 12, 18, 3), dims=_S, drop_path=0.3, drop=0.4, top1=(84.5, 85.7, 85.8, 86.9), params=39.3, macs=(8.0, 26.0))
+_strong('caformer_m36', _CA, depths=(3, 12, 18, 3), dims=_M36, drop_path=0.4, drop=0.4, top1=(85.2, 86.2, 86.6, 87.5), params=56.2, macs=(13.2, 42.0))
+_strong('caformer_b36', _CA, depths=(3, 12, 18, 3), dims=_B, drop_path=0.6, drop=0.5, top1=(85.5, 86.4, 87.4, 88.1), params=98.8, macs=(23.2, 72.2))
