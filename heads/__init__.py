@@ -1,0 +1,17 @@
+"""Heads: feature pyramid -> task output, its loss, its decoding. Knows no backbone.
+
+Every head is built with keyword arguments from `feature_info` (channels and strides) and has `forward(features)` (plain
+tensors), `loss(features, targets)` (a dict of scalars; keys that start with `loss_` are summed) and
+`predict(features, sizes, original_sizes)` (one dict per picture).
+"""
+from .classification import LinearClassifier, OwnClassifier
+from .fcos import FCOS
+from .fpn import FPN
+from .maskrcnn import MaskRCNN
+from .pyramid import FeatureInfo, PyramidInfo
+from .restoration import UNetRestorer
+from .retinanet import RetinaNet
+from .semantic_fpn import SemanticFPN
+
+__all__ = ['FCOS', 'FPN', 'FeatureInfo', 'LinearClassifier', 'MaskRCNN', 'OwnClassifier', 'PyramidInfo', 'RetinaNet',
+           'SemanticFPN', 'UNetRestorer']
