@@ -1,0 +1,9 @@
+"""Evaluators: mmengine metrics whose names are the keys of a run's metrics.json as they are (fractions and dB)."""
+
+from .accuracy import Accuracy
+from .base import Metric
+from .coco import CocoMetric
+from .restoration import RestorationMetric, psnr, ssim
+from .segmentation import SegmentationMetric
+
+__all__ = ['Accuracy', 'CocoMetric', 'Metric', 'RestorationMetric', 'SegmentationMetric', 'psnr', 'ssim']
