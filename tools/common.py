@@ -1,0 +1,75 @@
+"""What the command lines share: the config argument, and errors as one line instead of a trace."""
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+# Modules of the extras -> the extra that brings them.
+EXTRAS = {
+    'mmengine': 'train',
+    'cv2': 'train',
+    'pycocotools': 'train',
+    'tensorboard': 'train',
+    'matplotlib': 'train',
+    'rich': 'train',
+    'skimage': 'demo',
+    'sklearn': 'demo',
+    'onnx': 'export',
+    'onnxscript': 'export',
+    'onnxruntime': 'export',
+}
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """The CONFIG argument and --cfg-options."""
+    parser.add_argument(
+        'config', help='a config file, or the name of one that comes with densezoo: quickstart/detection'
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        default=[],
+        metavar='KEY=VALUE',
+        help='override anything in the config: train_cfg.max_iters=500 model.head.num_classes=3',
+    )
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for an error that is the user's to mend, None for one that is ours."""
+    if isinstance(error, ModuleNotFoundError):
+        module = (error.name or '').split('.')[0]
+        extra = EXTRAS.get(module)
+        return f'{module} is not installed: pip install densezoo[{extra}]' if extra else None
+    if isinstance(error, ImportError) and any(
+        name in str(error) for name in ('libGL', 'libgthread', 'libglib', 'libxcb')
+    ):
+        return f'OpenCV lacks a system library ({error}): apt-get install libgl1 libglib2.0-0'
+    message = ' '.join(str(error).split())
+    if type(error).__name__ in ('DataError', 'NonFiniteError'):
+        return message
+    if isinstance(error, ValueError | TypeError | FileNotFoundError | OSError) and message:
+        return message
+    return None
+
+
+def report_errors(main: Callable[..., int]) -> Callable[..., int]:
+    """Print `error: ...` and return 1 instead of raising; DENSEZOO_TRACEBACK=1 shows the whole trace."""
+
+    @functools.wraps(main)
+    def wrapped(*args: Any, **kwargs: Any) -> int:
+        try:
+            return main(*args, **kwargs)
+        except KeyboardInterrupt:
+            print('interrupted', file=sys.stderr)
+            return 130
+        except Exception as error:
+            line = explain(error)
+            if line is None or os.environ.get('DENSEZOO_TRACEBACK'):
+                raise
+            print(f'error: {line}', file=sys.stderr)
+            return 1
+
+    return wrapped

@@ -1,0 +1,112 @@
+"""A task: backbone + neck + head + preprocessing, trained by mmengine's loops.
+
+`Task` is mmengine's model contract in one page: `forward(images, targets, mode)` with mode 'loss' (a dict of scalars),
+'predict' (a list of results, one dict per image) or 'tensor' (the head's plain tensors, for export). Subclasses say how
+features become a loss and a result.
+"""
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from mmengine.model import BaseModel
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from ..preprocess import Preprocess
+
+MODES = ('loss', 'predict', 'tensor')
+
+
+def build_part(config: dict[str, Any] | nn.Module, feature_info: Any) -> nn.Module:
+    """Build a neck or a head, handing it `feature_info` (channels and strides of its inputs) where it asks for it."""
+    if isinstance(config, nn.Module):
+        return config
+    kind = config['type']
+    if isinstance(kind, str):
+        kind = MODELS.get(kind)
+    if 'feature_info' not in inspect.signature(kind).parameters:
+        return MODELS.build(config)
+    if feature_info is None:
+        raise ValueError(f'{kind.__name__} needs a feature pyramid: build the backbone with features_only=True')
+    return MODELS.build(config, default_args={'feature_info': feature_info})
+
+
+class Task(BaseModel):
+    """Base of the tasks.
+
+    Args:
+        backbone: dict(type=create_model, name=..., features_only=True, ...), or a module.
+        head: dict(type=<head>, ...), or a module; it gets `feature_info` of the neck (or of the backbone).
+        neck: dict(type=FPN, ...), or a module, or None.
+        preprocess: dict(type=Preprocess, ...), or None for float images in [0, 1] without padding.
+        grad_checkpointing: recompute the backbone's activations in the backward pass (less memory, more time).
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: dict[str, Any] | nn.Module,
+        head: dict[str, Any] | nn.Module,
+        neck: dict[str, Any] | nn.Module | None = None,
+        preprocess: dict[str, Any] | nn.Module | None = None,
+        grad_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(data_preprocessor=Preprocess() if preprocess is None else preprocess)
+        self.backbone: Any = backbone if isinstance(backbone, nn.Module) else MODELS.build(backbone)
+        feature_info = getattr(self.backbone, 'feature_info', None)
+        self.neck = None if neck is None else build_part(neck, feature_info)
+        self.head: Any = build_part(head, getattr(self.neck, 'feature_info', feature_info))
+        if grad_checkpointing:
+            self.backbone.set_grad_checkpointing(True)
+        if getattr(self.data_preprocessor, 'memory_format', None) is torch.channels_last:
+            self.to(memory_format=torch.channels_last)
+
+    def init_weights(self) -> None:
+        """Nothing: constructors initialise, and mmengine must not call timm's init over loaded weights."""
+
+    def compile_parts(self, **options: Any) -> None:
+        """`torch.compile` the backbone and the neck in place (state-dict keys stay as they are)."""
+        self.backbone.compile(**options)
+        if self.neck is not None:
+            self.neck.compile(**options)
+
+    def extract_features(self, images: Tensor) -> Any:
+        """(B, C, H, W) float -> what the head takes: a list of maps, or a classifier's logits."""
+        features = self.backbone(images)
+        return features if self.neck is None else self.neck(features)
+
+    def forward(self, images: Tensor, targets: Any = None, mode: str = 'tensor') -> Any:
+        """images (B, C, H, W) normalised float; targets: a list of B dicts (see densezoo.data), None for 'tensor'."""
+        if mode not in MODES:
+            raise ValueError(f'mode must be one of {MODES}, got {mode=}')
+        features = self.extract_features(images)
+        if mode == 'loss':
+            return self.losses(features, images, targets)
+        if mode == 'predict':
+            return self.results(features, images, targets)
+        return self.tensors(features, images)
+
+    def losses(self, features: Any, images: Tensor, targets: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        return self.head.loss(features, targets)
+
+    def results(self, features: Any, images: Tensor, targets: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        return self.head.predict(
+            features, [target['size'] for target in targets], [target['original_size'] for target in targets]
+        )
+
+    def tensors(self, features: Any, images: Tensor) -> Any:
+        return self.head(features)
+
+    def parse_losses(self, losses: dict[str, Tensor]) -> tuple[Tensor, 'OrderedDict[str, Tensor]']:
+        """The sum of the terms called `loss_*`, and everything that is logged (detached: logging holds no graph)."""
+        terms = [value for name, value in losses.items() if name.startswith('loss')]
+        if not terms:
+            raise ValueError(f'{type(self.head).__name__}.loss returned no term called loss_*, got {sorted(losses)}')
+        total = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
+        logged = OrderedDict(loss=total.detach())
+        if len(losses) > 1:
+            logged.update((name, value.detach()) for name, value in losses.items())
+        return total, logged
