@@ -26,7 +26,7 @@ class SegmentationMetric(Metric):
     IoU_c = n[c, c] / (sum_p n[c, p] + sum_t n[t, c] - n[c, c]), averaged over the classes that occur in the truth or in
     a prediction; Acc_c = n[c, c] / sum_p n[c, p], averaged over the classes of the truth; aAcc = trace / sum.
 
-    boundary_F (Csurka et al., BMVC 2013): a boundary pixel of class c is a pixel of c with a neighbour (of 4) of another
+    boundary_F (Csurka et al., BMVC 2013): a boundary pixel of class c has one of its 4 neighbours in another
     class, ignored pixels and the picture's rim apart. Precision is the share of predicted boundary pixels at most `tau`
     pixels from a true one, recall the reverse, F their harmonic mean, for each class and image in which either has a
     boundary; averaged over the images of a class, then over classes.
