@@ -40,15 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.amp is not None:
         config.optim_wrapper['amp'] = options.amp
     work_dir = Path(options.work_dir or config.get('work_dir') or f'work_dirs/{Path(config.filename).stem}')
-    if options.resume:
-        last = work_dir / 'last.pth'
-        if last.is_file():
-            config.load_from, config.resume = str(last), True
-        else:
-            print(f'nothing to resume in {work_dir}: starting from the beginning', file=sys.stderr)
+    resume_from = work_dir / 'last.pth' if options.resume else None
+    if resume_from is not None and not resume_from.is_file():
+        print(f'nothing to resume in {work_dir}: starting from the beginning', file=sys.stderr)
+        resume_from = None
     launch.start(options.launcher)
     try:
-        build_runner(config, work_dir=work_dir, launcher=options.launcher).train()
+        build_runner(config, work_dir=work_dir, resume_from=resume_from, launcher=options.launcher).train()
     finally:
         launch.stop()
     return 0

@@ -17,11 +17,13 @@ from mmengine.dist import master_only
 from mmengine.hooks import Hook, ParamSchedulerHook
 from mmengine.logging import MMLogger
 from mmengine.optim import OptimWrapper as MMEngineOptimWrapper
+from mmengine.registry import DATASETS
 from mmengine.runner import Runner as MMEngineRunner
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import load_checkpoint, plain, save_checkpoint
 from .config import arguments, resolve
 from .hooks import Checkpoint, Log, NanGuard, Pictures, ProgressBar, Reseed, Summary
 from .loops import unwrapped
@@ -85,14 +87,23 @@ class Runner(MMEngineRunner):
             unwrapped(self.model).compile_parts(**({} if options is True else options))
             self.logger.info('backbone and neck are compiled: the first iterations take longer')
 
+    def build_dataloader(  # type: ignore[override]
+        self, dataloader: Any, seed: int | None = None, diff_rank_seed: bool = False
+    ) -> DataLoader:
+        """mmengine's, with the dataset checked before a sampler asks for its length."""
+        if isinstance(dataloader, dict) and isinstance(dataloader.get('dataset'), dict):
+            check = self.cfg.get('check_data', True) and self._train_loop is not None
+            dataloader = {**dataloader, 'dataset': {'type': checked_dataset, 'config': dataloader['dataset'], 'check': check}}
+        return MMEngineRunner.build_dataloader(dataloader, seed=seed, diff_rank_seed=diff_rank_seed)
+
     def train(self) -> nn.Module:
         self._console_level(self.logger, logging.INFO)
         try:
-            # Build the data first: what is wrong with it is said before the model, the optimizer and the hooks start.
+            # The data first: what is wrong with it is said before anything else starts.
             self._train_loop = self.build_train_loop(self._train_loop)
             if self._val_loop is not None:
                 self._val_loop = self.build_val_loop(self._val_loop)
-            self.check_data()
+            self._check_classes()
             return super().train()
         finally:
             self.call_hook('close')
@@ -101,23 +112,26 @@ class Runner(MMEngineRunner):
         self._console_level(self.logger, logging.INFO)
         return super().test()
 
-    def check_data(self) -> None:
-        """Let the datasets check their files, and the head's classes be those of the data."""
-        loaders = [self.train_dataloader] + ([self.val_dataloader] if self._val_loop is not None else [])
+    def _check_classes(self) -> None:
         head = getattr(unwrapped(self.model), 'head', None)
-        for loader in loaders:
-            dataset: Any = loader.dataset
-            if len(dataset) == 0:
-                raise ValueError(f'the {type(dataset).__name__} under {getattr(dataset, "root", "?")} is empty')
-            if self.cfg.get('check_data', True) and hasattr(dataset, 'check'):
-                dataset.check()
+        expected = getattr(head, 'num_classes', None)
+        loaders = [self.train_dataloader] + ([self.val_dataloader] if self._val_loop is not None else [])
+        for dataset in (loader.dataset for loader in loaders):
             classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
-            expected = getattr(head, 'num_classes', None)
             if classes and isinstance(expected, int) and len(classes) != expected:
+                first = ', '.join(map(str, list(classes)[:5]))
                 raise ValueError(
                     f'model.head.num_classes={expected}, but {type(dataset).__name__} has {len(classes)} classes '
-                    f'({", ".join(list(classes)[:5])}, ...): set model.head.num_classes={len(classes)}'
+                    f'({first}, ...): set model.head.num_classes={len(classes)}'
                 )
+
+    @master_only
+    def dump_config(self) -> None:
+        """Write the config into the work directory, so that it trains again (elsewhere, from the start)."""
+        config = copy.deepcopy(self.cfg)
+        for name in ('work_dir', 'launcher', 'experiment_name'):
+            config._cfg_dict.pop(name, None)
+        config.dump(Path(self.work_dir) / Path(self.cfg.filename or 'config.py').name)
 
     @master_only
     def save_checkpoint(  # type: ignore[override]
@@ -163,24 +177,24 @@ class Runner(MMEngineRunner):
     ) -> dict[str, Any]:
         """Load weights into the model. Keys that do not fit are an error, unless a fine-tuning run loads them."""
         checkpoint = load_checkpoint(filename, map_location)
+        meta = checkpoint.setdefault('meta', {})
+        if self._resume:
+            if 'iter' not in meta or 'optimizer' not in checkpoint:
+                raise ValueError(f'{filename} holds weights only and a run cannot go on from it: pass load_from=')
+            metainfo = getattr(self.train_dataloader.dataset, 'metainfo', None)
+            if plain(metainfo) == meta.get('dataset_meta'):
+                meta['dataset_meta'] = metainfo  # mmengine compares pickles, which differ between equal values
+            if meta.get('max_iters', self.max_iters) != self.max_iters:
+                self.logger.warning(
+                    f'the checkpoint comes from a run of {meta["max_iters"]} iterations, this one has {self.max_iters}: '
+                    'the learning-rate schedules end where they did in the checkpoint'
+                )
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
         strict = strict or self._resume or self._train_loop is None
         load_weights(unwrapped(self.model), checkpoint['state_dict'], filename, strict, self.logger.warning)
         self._has_loaded = True
         self.logger.info(f'weights loaded from {filename}')
         return checkpoint
-
-    def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
-        checkpoint_meta = load_checkpoint(filename)['meta']
-        if 'iter' not in checkpoint_meta:
-            raise ValueError(f'{filename} holds weights only, a run cannot be resumed from it: use load_from=')
-        super().resume(filename, *args, **kwargs)
-        before = checkpoint_meta.get('max_iters')
-        if before is not None and before != self.max_iters:
-            self.logger.warning(
-                f"the checkpoint's run was planned for {before} iterations, this one for {self.max_iters}: the ends of "
-                'the learning-rate schedules are those of the checkpoint'
-            )
 
     @staticmethod
     def _console_level(logger: logging.Logger, level: int) -> None:
@@ -191,6 +205,14 @@ class Runner(MMEngineRunner):
                 and handler.level < logging.ERROR  # ranks other than the first stay silent
             ):
                 handler.setLevel(level)
+
+
+def checked_dataset(config: dict[str, Any], check: bool) -> Any:
+    """Build a dataset; with `check`, let it look at all its files (it raises, or drops what is bad)."""
+    dataset = DATASETS.build(config)
+    if check and hasattr(dataset, 'check'):
+        dataset.check()
+    return dataset
 
 
 def load_weights(
@@ -249,13 +271,19 @@ def complete(config: Config) -> Config:
 
 
 def build_runner(
-    config: Config, *, work_dir: str | Path | None = None, launcher: str = 'none', test_only: bool = False
+    config: Config,
+    *,
+    work_dir: str | Path | None = None,
+    resume_from: str | Path | None = None,
+    launcher: str = 'none',
+    test_only: bool = False,
 ) -> Runner:
     """Build the Runner of a config.
 
     Args:
         config: from `load_config`; it is not changed.
         work_dir: where the run's files go; default: the config's own, or work_dirs/<name of the config>.
+        resume_from: a checkpoint (last.pth) to go on from: weights, optimizer, schedules, place in the data.
         launcher: 'pytorch' in a process that torchrun started (after `launch.start('pytorch')`).
         test_only: only what testing needs (validation data where there is no test data).
     """
@@ -279,4 +307,7 @@ def build_runner(
             config[f'val_{part}'] = None
         config.default_hooks = {name: None for name in DEFAULT_HOOKS if name != 'summary'}
         config.visualizer = {'type': 'Visualizer', 'vis_backends': []}
-    return Runner.from_cfg(config)
+    runner = Runner.from_cfg(config)
+    if resume_from is not None:  # not through the config: it is written down, and would resume when used again
+        runner._load_from, runner._resume = str(resume_from), True
+    return runner
