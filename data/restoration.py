@@ -1,0 +1,148 @@
+"""Restoration: pairs of degraded and clean pictures, or clean ones that are degraded on the fly."""
+
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torchvision import tv_tensors
+
+from .base import ImageDataset, OnError
+from .errors import DataError
+from .imageio import probe, read_image
+from .paths import first_folder, list_images
+from .transforms import Sample, TransformSpec, build
+
+
+class _Restoration(ImageDataset):
+    """Image and `clean` as float32 in 0..1; transforms see uint8 where the files have 8 bits."""
+
+    _exif = True
+
+    def finish(self, sample: Sample) -> tuple[Tensor, dict[str, Any]]:
+        return _unit(sample['image']), {'clean': _unit(sample['clean'])}
+
+
+class PairedFolder(_Restoration):
+    """Pairs of equal names and sizes: image (3, H, W) float32 0..1 degraded, target `clean` likewise.
+
+    Looks for <split>/input with <split>/target and for input/<split> with target/<split>.
+
+    Args:
+        root, split, transforms, seed, on_error: as ImageDataset. Transforms change both pictures alike.
+        inputs, targets: the two folders relative to root, where the layout is another.
+        exif: rotate by EXIF orientation.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str | os.PathLike[str],
+        split: str = 'train',
+        transforms: Sequence[TransformSpec] | None = None,
+        seed: int = 0,
+        on_error: OnError = 'raise',
+        inputs: str | None = None,
+        targets: str | None = None,
+        exif: bool = True,
+    ) -> None:
+        super().__init__(root=root, split=split, transforms=transforms, seed=seed, on_error=on_error)
+        self._exif = exif
+        self._inputs = first_folder(self.root, _places('input', split, inputs), 'inputs')
+        self._targets = first_folder(self.root, _places('target', split, targets), 'targets')
+        clean = {os.path.splitext(name)[0]: name for name in list_images(self._targets)}
+        problems, self._pairs = [], []
+        for name in list_images(self._inputs):
+            partner = clean.pop(os.path.splitext(name)[0], None)
+            if partner is None:
+                problems.append((str(self._inputs / name), f'has no partner of this name in {self._targets}'))
+            else:
+                self._pairs.append((name, partner))
+        lonely = f'has no partner of this name in {self._inputs}'
+        problems += [(str(self._targets / name), lonely) for name in clean.values()]
+        self._start(len(self._pairs), problems)
+
+    def file(self, record: int) -> pathlib.Path:
+        return self._inputs / self._pairs[record][0]
+
+    def clean_file(self, record: int) -> pathlib.Path:
+        """Path of the clean picture of a record."""
+        return self._targets / self._pairs[record][1]
+
+    def inspect(self, record: int) -> None:
+        self._same_size(record, probe(self.file(record), exif=self._exif),
+                        probe(self.clean_file(record), exif=self._exif))
+
+    def read(self, record: int) -> Sample:
+        image = _read(self.file(record), self._exif)
+        clean = _read(self.clean_file(record), self._exif)
+        self._same_size(record, tuple(image.shape[-2:]), tuple(clean.shape[-2:]))
+        return {'image': tv_tensors.Image(image), 'clean': tv_tensors.Image(clean)}
+
+    def _same_size(self, record: int, image: Sequence[int], clean: Sequence[int]) -> None:
+        if tuple(image) != tuple(clean):
+            raise DataError(f'{self.file(record)}: the pair differs in size: input {image[1]}x{image[0]}, target '
+                            f'{self.clean_file(record)} {clean[1]}x{clean[0]}')
+
+
+class CleanFolder(_Restoration):
+    """Clean pictures below root/split, degraded on the fly: image (3, H, W) float32 degraded, target `clean` 0..1.
+
+    The degradation comes after the transforms and draws from the generator that the dataset seeds: anew for each draw
+    in training, always the same for an index in evaluation.
+
+    Args:
+        root, split, transforms, seed, on_error: as ImageDataset.
+        degrade: callable float (3, H, W) in 0..1 -> the same shape, or dict(type=GaussianNoise, sigma=25).
+        exif: rotate by EXIF orientation.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str | os.PathLike[str],
+        split: str = 'train',
+        transforms: Sequence[TransformSpec] | None = None,
+        seed: int = 0,
+        on_error: OnError = 'raise',
+        degrade: Callable[[Tensor], Tensor] | Mapping[str, Any],
+        exif: bool = True,
+    ) -> None:
+        super().__init__(root=root, split=split, transforms=transforms, seed=seed, on_error=on_error)
+        self._exif = exif
+        self.degrade = build(degrade, 'degrade')
+        if not callable(self.degrade):
+            raise TypeError(f'degrade must be a callable or dict(type=..., ...), got {degrade!r}')
+        self._folder = first_folder(self.root, [split], 'split')
+        self._files = list_images(self._folder)
+        self._start(len(self._files))
+
+    def file(self, record: int) -> pathlib.Path:
+        return self._folder / self._files[record]
+
+    def read(self, record: int) -> Sample:
+        return {'image': tv_tensors.Image(_read(self.file(record), self._exif))}
+
+    def finish(self, sample: Sample) -> tuple[Tensor, dict[str, Any]]:
+        clean = _unit(sample['image'])
+        degraded = self.degrade(clean)
+        if degraded.shape != clean.shape:
+            raise DataError(f'degrade must keep the shape, got {tuple(degraded.shape)} from {tuple(clean.shape)}')
+        return degraded, {'clean': clean}
+
+
+def _read(path: pathlib.Path, exif: bool) -> Tensor:
+    """uint8 for files of 8 bits, float32 0..1 for deeper ones."""
+    return read_image(path, exif=exif, deep_as_float=True)
+
+
+def _unit(image: Tensor) -> Tensor:
+    plain = image.as_subclass(Tensor)
+    return plain.contiguous() if plain.is_floating_point() else plain.contiguous().float().div_(255.0)
+
+
+def _places(kind: str, split: str, given: str | None) -> list[str]:
+    if given is not None:
+        return [given]
+    return [f'{split}/{kind}', f'{kind}/{split}'] if split else [kind]
