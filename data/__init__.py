@@ -1,0 +1,75 @@
+"""Datasets, transforms, samplers and the built-in demo data. Knows no model and no training framework.
+
+    dataset = CocoDetection(root='demo:detection', split='train', transforms=[dict(type=v2.RandomHorizontalFlip)])
+    sample = dataset[(index, draw)]     # {'image': (3, H, W) uint8 RGB, 'target': dict}; augmented by (seed, draw)
+"""
+
+from .base import ImageDataset
+from .coco import CocoDetection
+from .collate import MixCollate, collate
+from .degradations import JPEG, Blur, Degrade, GaussianNoise, Haze, PoissonNoise, Rain, RandomDegrade, Snow
+from .errors import DataError
+from .imagefolder import ImageFolder
+from .imageio import probe, read_image, read_mask
+from .masks import ADE20K, Cityscapes, MaskFolder
+from .mosaic import Mosaic
+from .paths import data_home, expand_root
+from .restoration import CleanFolder, PairedFolder
+from .samplers import AspectRatioBatchSampler, EvalSampler, RestartableSampler
+from .tensors import IGNORE, InstanceMasks, SemanticMask
+from .transforms import (
+    BoxesFromMasks,
+    CropWithoutOneClassDominating,
+    LargeScaleJitter,
+    RandomCrop,
+    ResizeImageOnly,
+    ResizeRange,
+    boxes_of_masks,
+    build_transforms,
+)
+from .voc import VOCDetection, VOCSegmentation
+
+__all__ = [
+    'ADE20K',
+    'IGNORE',
+    'JPEG',
+    'AspectRatioBatchSampler',
+    'Blur',
+    'BoxesFromMasks',
+    'Cityscapes',
+    'CleanFolder',
+    'CocoDetection',
+    'CropWithoutOneClassDominating',
+    'DataError',
+    'Degrade',
+    'EvalSampler',
+    'GaussianNoise',
+    'Haze',
+    'ImageDataset',
+    'ImageFolder',
+    'InstanceMasks',
+    'LargeScaleJitter',
+    'MaskFolder',
+    'MixCollate',
+    'Mosaic',
+    'PairedFolder',
+    'PoissonNoise',
+    'Rain',
+    'RandomCrop',
+    'RandomDegrade',
+    'ResizeImageOnly',
+    'ResizeRange',
+    'RestartableSampler',
+    'SemanticMask',
+    'Snow',
+    'VOCDetection',
+    'VOCSegmentation',
+    'boxes_of_masks',
+    'build_transforms',
+    'collate',
+    'data_home',
+    'expand_root',
+    'probe',
+    'read_image',
+    'read_mask',
+]
