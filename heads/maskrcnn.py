@@ -67,7 +67,8 @@ class MaskRCNN(nn.Module):
         roi_foreground_iou, roi_batch, roi_positive: matching and sampling of proposals for the second stage.
         mask_pool, mask_channels, mask_convs: side of the cut for masks (masks are twice as large), width and number
             of convolutions.
-        score_threshold, nms_threshold, detections, mask_threshold: decoding.
+        score_threshold, nms_threshold, detections: decoding.
+        mask_threshold: masks are True from this probability on; None returns the probabilities (float) instead.
     """
 
     def __init__(self, *, feature_info: FeatureInfo, num_classes: int, masks: bool = True, anchor_scale: float = 8.0,
@@ -80,7 +81,7 @@ class MaskRCNN(nn.Module):
                  box_pool: int = 7, box_channels: int = 1024, roi_foreground_iou: float = 0.5, roi_batch: int = 512,
                  roi_positive: float = 0.25, mask_pool: int = 14, mask_channels: int = 256, mask_convs: int = 4,
                  score_threshold: float = 0.05, nms_threshold: float = 0.5, detections: int = 100,
-                 mask_threshold: float = 0.5):
+                 mask_threshold: float | None = 0.5):
         super().__init__()
         self.inputs = PyramidInfo.of(feature_info)
         self.num_classes = positive('num_classes', num_classes)
@@ -89,7 +90,7 @@ class MaskRCNN(nn.Module):
                              rpn_background_iou=rpn_background_iou, rpn_positive=rpn_positive,
                              roi_foreground_iou=roi_foreground_iou, roi_positive=roi_positive,
                              score_threshold=score_threshold, nms_threshold=nms_threshold,
-                             mask_threshold=mask_threshold)
+                             mask_threshold=0.0 if mask_threshold is None else mask_threshold)
         width, strides = self.inputs.same_channels('MaskRCNN'), self.inputs.reduction()
 
         if anchor_sizes is None:
@@ -178,8 +179,8 @@ class MaskRCNN(nn.Module):
         if self.masks:
             logits = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(maps, boxes, sizes)))
             for result, soft, shape in zip(results, maskrcnn_inference(logits.float(), labels), shapes):
-                pasted = paste_masks_in_image(soft, result['boxes'], shape)
-                result['masks'] = pasted[:, 0] >= self.mask_threshold
+                pasted = paste_masks_in_image(soft, result['boxes'], shape)[:, 0]
+                result['masks'] = pasted if self.mask_threshold is None else pasted >= self.mask_threshold
         return results
 
     def _roi_maps(self, features: Sequence[Tensor]) -> dict[str, Tensor]:

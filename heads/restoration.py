@@ -89,13 +89,17 @@ class UNetRestorer(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
+        """Maps keep about unit variance down to the last convolution, whatever the depth."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode='fan_in', nonlinearity='relu')
+                nn.init.kaiming_normal_(module.weight, mode='fan_in', nonlinearity='linear')
                 nn.init.zeros_(module.get_parameter('bias'))
         for module in self.modules():
-            if isinstance(module, ResidualBlock):
-                module.conv2.weight.data.mul_(0.1)      # blocks start close to the identity
+            if isinstance(module, Merge):               # two summands
+                module.reduce.weight.data.mul_(0.5 ** 0.5)
+                module.lateral.weight.data.mul_(0.5 ** 0.5)
+            elif isinstance(module, ResidualBlock):     # close to the identity
+                module.conv2.weight.data.mul_(0.1)
         nn.init.zeros_(self.last.weight)
 
     def forward(self, features: Sequence[Tensor], images: Tensor) -> Tensor:

@@ -1,0 +1,250 @@
+"""Without this the batched matching could silently differ from torchvision's, or a perfect network not be rewarded: matching
+is compared picture by picture, and outputs built from the targets must cost nothing and decode to the boxes."""
+
+import probe
+import pytest
+import torch
+from torchvision.models.detection._utils import Matcher
+from torchvision.ops import box_iou, roi_align
+from torchvision.ops.poolers import LevelMapper
+
+from densezoo.heads import FCOS, MaskRCNN, PyramidInfo, RetinaNet, detection, fcos
+from densezoo.heads.maskrcnn import StrideLevels
+
+INFO = PyramidInfo([16, 16, 16], [8, 16, 32])
+SIZE = (96, 128)
+
+
+def maps(info=INFO, batch=3, size=SIZE):
+    return [
+        torch.zeros(batch, c, -(-size[0] // s), -(-size[1] // s)) for c, s in zip(info.channels(), info.reduction())
+    ]
+
+
+def random_boxes(count, seed):
+    corner = torch.rand(count, 2, generator=torch.Generator().manual_seed(seed)) * 60
+    side = 8 + 40 * torch.rand(count, 2, generator=torch.Generator().manual_seed(seed + 100))
+    return torch.cat([corner, corner + side], 1)
+
+
+def truth(*counts):
+    targets = [{'boxes': random_boxes(n, i), 'labels': torch.arange(n) % 5} for i, n in enumerate(counts)]
+    return targets, detection.gather_targets(targets, 5, torch.device('cpu'))
+
+
+@pytest.mark.parametrize('counts', [(3, 0, 1), (0, 0), (2, 2), (7,), (1, 5, 0, 2)], ids=str)
+@pytest.mark.parametrize('low_quality', [True, False])
+def test_matching_equals_torchvision(counts, low_quality):
+    targets, batch = truth(*counts)
+    anchors = random_boxes(400, 50)
+    ours = detection.match_by_iou(batch, anchors, high=0.5, low=0.4, low_quality=low_quality)
+    matcher = Matcher(0.5, 0.4, allow_low_quality_matches=low_quality)
+    for target, matched in zip(targets, ours, strict=True):
+        expected = torch.full((400,), -1)
+        if len(target['boxes']):
+            expected = matcher(box_iou(target['boxes'], anchors))
+        assert torch.equal(matched, expected)
+    rows = batch.rows(ours)
+    for i, target in enumerate(targets):
+        hit = ours[i] >= 0
+        assert torch.equal(batch.boxes[rows[i][hit]], target['boxes'][ours[i][hit]])
+        assert (rows[i][~hit] == sum(counts)).all()
+    assert (ours >= 0).any() == (sum(counts) > 0)
+
+
+def test_matching_equals_the_recorded():
+    """The matcher case of torchvision's reference: 12 boxes, 40 anchors, thresholds 0.4 and 0.2.
+
+    Only without low-quality matches: one of those boxes meets no anchor, and there takes all that have no other.
+    """
+    case = next(c for c in probe.load('heads/detection_ops_torchvision')['cases'] if c['name'] == 'matcher')
+
+    def boxes(seed, count):
+        u = torch.sigmoid(probe.image(seed, (count, 4)))
+        centre, half = u[:, :2] * torch.tensor([320.0, 256]), (10 + u[:, 2:] * torch.tensor([120.0, 100])) / 2
+        return torch.cat([centre - half, centre + half], 1)
+
+    batch = detection.gather_targets([{'boxes': boxes(1, 12), 'labels': torch.zeros(12)}], 1, torch.device('cpu'))
+    ours = detection.match_by_iou(batch, boxes(0, 40), high=0.4, low=0.2, low_quality=False)
+    assert ours[0].tolist() == case['outputs']['low_quality_False']
+    assert (box_iou(batch.real, boxes(0, 40)).amax(1) == 0).sum() == 1
+
+
+def test_box_that_meets_no_anchor_takes_none():
+    batch = detection.gather_targets(
+        [{'boxes': torch.tensor([[500.0, 500, 520, 520]]), 'labels': torch.zeros(1)}], 1, torch.device('cpu')
+    )
+    assert (detection.match_by_iou(batch, random_boxes(20, 0), high=0.5, low=0.4, low_quality=True) == -1).all()
+
+
+def test_anchor_placement():
+    """256x96 with stride 64 gives 4x2 maps: torchvision spaces columns by 96 // 2 = 48 pixels."""
+    info = PyramidInfo([4], [64])
+    features = [torch.zeros(1, 4, 4, 2)]
+    wide = PyramidInfo([4, 4], [32, 64])
+    both = [torch.zeros(1, 4, 8, 3), features[0]]
+
+    def columns(anchors):
+        return sorted({((a[0] + a[2]) / 2).item() for a in anchors})
+
+    def build(info, sizes, **kw):
+        return detection.PyramidAnchors(info=info, sizes=sizes, aspect_ratios=(1.0,), **kw)
+
+    assert columns(build(info, [(8,)], offset=0.5, exact_strides=True).on(features)[0]) == [32, 96]
+    assert columns(build(wide, [(8,), (8,)], offset=0.0, exact_strides=False).on(both)[1]) == [0, 48]
+    assert columns(build(wide, [(8,), (8,)], offset=0.5, exact_strides=False).on(both)[1]) == [24, 72]
+    assert columns(build(wide, [(8,), (8,)], offset=0.0, exact_strides=True).on(both)[1]) == [0, 64]
+
+
+TARGETS = [
+    {'boxes': torch.tensor([[4.0, 6, 44, 52], [50, 20, 110, 80]]), 'labels': torch.tensor([1, 4])},
+    {'boxes': torch.zeros(0, 4), 'labels': torch.zeros(0, dtype=torch.int64)},
+    {'boxes': torch.tensor([[12.0, 38, 92, 91]]), 'labels': torch.tensor([0])},
+]
+
+
+def perfect(head, matched, batch):
+    """Class logits of a network that knows the answer, and for each anchor the row of its box."""
+    rows = batch.rows(matched)
+    logits = torch.full((*matched.shape, 5), -20.0)
+    picture, anchor = (matched >= 0).nonzero(as_tuple=True)
+    assert len(anchor)
+    logits[picture, anchor, batch.labels[rows[picture, anchor]]] = 20.0
+    return logits, rows
+
+
+def assert_decodes(results):
+    for result, target in zip(results, TARGETS, strict=True):
+        order = result['labels'].argsort()
+        wanted = target['labels'].argsort()
+        assert result['labels'][order].tolist() == target['labels'][wanted].tolist()
+        torch.testing.assert_close(result['boxes'][order], target['boxes'][wanted], rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    'options', [{}, {'box_loss': 'giou', 'anchor_offset': 0.5, 'exact_strides': True}], ids=['published', 'giou']
+)
+def test_perfect_retinanet(options):
+    head = RetinaNet(feature_info=INFO, num_classes=5, **options)
+    batch = detection.gather_targets(TARGETS, 5, torch.device('cpu'))
+    anchors = torch.cat(head.anchors.on(maps()))
+    matched = detection.match_by_iou(batch, anchors, high=0.5, low=0.4, low_quality=True)
+    logits, rows = perfect(head, matched, batch)
+    boxes = torch.where((matched >= 0)[..., None], batch.boxes[rows], anchors)
+    offsets = torch.stack([head.box_coder.encode_single(b, anchors) for b in boxes])
+    head.forward = lambda features: (logits, offsets)
+    assert all(value.item() < 1e-4 for value in head.loss(maps(), TARGETS).values())
+    assert_decodes(head.predict(maps(), [SIZE] * 3))
+    logits.neg_()
+    assert head.loss(maps(), TARGETS)['loss_cls'] > 10
+    offsets.add_(1)
+    assert head.loss(maps(), TARGETS)['loss_box'] > 0.5
+
+
+@pytest.mark.parametrize('options', [{}, {'point_offset': 0.5, 'center_radius': None}], ids=['centre', 'inside'])
+def test_perfect_fcos(options):
+    head = FCOS(feature_info=INFO, num_classes=5, size_ranges=[(0, 32), (32, 64), (64, 128)], **options)
+    batch = detection.gather_targets(TARGETS, 5, torch.device('cpu'))
+    levels = head.anchors.on(maps())
+    points = torch.cat(levels)
+    matched = head._match(batch, points, detection.level_sizes(levels))
+    assert {int(m) for m in matched[0]} == {-1, 0, 1}
+    logits, rows = perfect(head, matched, batch)
+    sides = head.box_coder.encode(points.expand(3, -1, -1), batch.boxes[rows])
+    weight = torch.where(matched >= 0, fcos.centre_weight(sides.clamp(min=1e-3)), torch.zeros(()))
+    centerness = torch.logit(weight, eps=1e-6)[..., None]
+    head.forward = lambda features: (logits, sides.clamp(min=0), centerness)
+    losses = head.loss(maps(), TARGETS)
+    assert losses['loss_cls'] < 1e-4 and losses['loss_box'] < 1e-4
+    assert_decodes(head.predict(maps(), [SIZE] * 3))
+    for moved in (centerness + 1, centerness - 1):  # the targets' own entropy is the least there is
+        head.forward = lambda features, moved=moved: (logits, sides.clamp(min=0), moved)
+        assert head.loss(maps(), TARGETS)['loss_centerness'] > losses['loss_centerness']
+
+
+def test_fcos_takes_the_smaller_of_two_boxes_and_the_level_of_its_size():
+    head = FCOS(feature_info=INFO, num_classes=5)
+    boxes = torch.tensor([[0.0, 0, 96, 96], [32, 32, 64, 64]])
+    levels = head.anchors.on(maps(batch=1))
+    points = torch.cat(levels)
+    for order in ([0, 1], [1, 0]):
+        batch = detection.gather_targets(
+            [{'boxes': boxes[order], 'labels': torch.tensor(order)}], 5, torch.device('cpu')
+        )
+        matched = head._match(batch, points, detection.level_sizes(levels))[0]
+        centre = ((points[:, :2] + points[:, 2:]) / 2 == 48).all(1)
+        chosen = {order[i] for i in matched[centre & (matched >= 0)].tolist()}
+        assert chosen == {1}
+        fine, middle, coarse = matched.split(detection.level_sizes(levels))
+        assert (fine >= 0).any() and (middle == -1).all() and (coarse == -1).all()
+
+
+def test_perfect_mask_rcnn():
+    """Known boxes through the second stage: ground truth joins the proposals, so wanted outputs are known as well."""
+    torch.manual_seed(0)
+    head = MaskRCNN(
+        feature_info=INFO,
+        num_classes=5,
+        rpn_pre_nms=(20, 20),
+        rpn_post_nms=(10, 10),
+        mask_channels=8,
+        mask_convs=1,
+        box_channels=8,
+        roi_foreground_iou=0.9,
+    )
+    masks = torch.zeros(2, *SIZE, dtype=torch.bool)
+    masks[0, 6:52, 4:44] = masks[1, 20:80, 50:110] = True  # each mask fills its box
+    target = {**TARGETS[0], 'masks': masks}
+    heads = head.roi_heads
+
+    def predictor(vectors):
+        boxes = heads.proposals[0]
+        quality, index = box_iou(boxes, target['boxes']).max(1)
+        logits = torch.full((len(boxes), 6), -20.0)
+        logits[torch.arange(len(boxes)), torch.where(quality >= 0.9, target['labels'][index] + 1, 0)] = 20.0
+        offsets = heads.box_coder.encode_single(target['boxes'][index], boxes)
+        return logits, offsets.repeat(1, 6)
+
+    pool = heads.box_roi_pool.forward
+    heads.box_roi_pool.forward = lambda x, boxes, shapes: (setattr(heads, 'proposals', boxes), pool(x, boxes, shapes))[
+        1
+    ]
+    heads.box_predictor.forward = predictor
+    heads.mask_predictor.forward = lambda x: torch.full((len(x), 6, 28, 28), 5.0)
+    losses = head.loss(maps(batch=1), [target])
+    assert losses['loss_classifier'] < 1e-4 and losses['loss_box_reg'] < 1e-4 and losses['loss_mask'] < 0.3
+    head.rpn.propose = lambda *args: ([torch.cat([target['boxes'] + 0.5, torch.tensor([[90.0, 0, 120, 9]])])], {})
+    result = head.eval().predict(maps(batch=1), [SIZE])[0]
+    order = result['labels'].argsort()
+    assert result['labels'][order].tolist() == [1, 4]
+    torch.testing.assert_close(result['boxes'][order], target['boxes'], rtol=1e-4, atol=1e-2)
+    found = result['masks'][order]
+    assert ((found & masks).sum((1, 2)) / (found | masks).sum((1, 2)) > 0.9).all()
+
+
+def test_levels_of_regions():
+    boxes = [random_boxes(300, 1) * 12, random_boxes(300, 2)]
+    ours, theirs = StrideLevels([4, 8, 16, 32], 224), LevelMapper(2, 5)
+    assert torch.equal(ours(boxes), theirs(boxes)) and len(ours(boxes).unique()) == 4
+    # Strides with a gap: the level in between goes to the finer one.
+    assert torch.equal(StrideLevels([4, 16, 32], 224)(boxes), torch.tensor([0, 0, 1, 2])[theirs(boxes)])
+    assert (StrideLevels([8], 224)(boxes) == 0).all()
+
+
+def test_regions_are_cut_at_the_declared_scale():
+    """torchvision guesses the scale from the first valid size: 40 of 96 rows would pass for stride 4 instead of 8."""
+    info = PyramidInfo([3], [8])
+    head = MaskRCNN(feature_info=info, num_classes=2, box_pool=3)
+    feature, box = torch.rand(1, 3, 12, 16), torch.tensor([[8.0, 8, 40, 30]])
+    pooled = head.roi_heads.box_roi_pool(head._roi_maps([feature]), [box], [(40, 60)])
+    expected = roi_align(feature, [box], 3, spatial_scale=1 / 8, sampling_ratio=2)
+    torch.testing.assert_close(pooled, expected)
+
+
+def test_candidates_are_the_best_of_each_level():
+    scores = torch.rand(30, 4, generator=torch.Generator().manual_seed(0))
+    anchor, label, score = detection.select_candidates(scores, [20, 10], 0.2, 5)
+    assert len(anchor) == 10 and ((anchor < 20).sum() == 5)
+    torch.testing.assert_close(score, scores[anchor, label])
+    assert score[anchor >= 20].min() >= scores[20:].flatten().sort().values[-5]
+    assert len(detection.select_candidates(scores, [20, 10], 1.0, 5)[0]) == 0
