@@ -9,7 +9,6 @@ In a config: dict(type=GaussianNoise, sigma=25), or several in a row with dict(t
 """
 
 import abc
-import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision import io
+
+from .transforms import build
 
 Range = float | tuple[float, float]
 
@@ -194,7 +195,10 @@ class Degrade(_Degradation):
     """
 
     def __init__(self, *, steps: Sequence[Callable[[Tensor], Tensor] | Mapping[str, Any]]) -> None:
-        self.steps = [_build(step) for step in steps]
+        self.steps = [build(step, f'steps[{number}]') for number, step in enumerate(steps)]
+        for number, step in enumerate(self.steps):
+            if not callable(step):
+                raise TypeError(f'steps[{number}] must be a callable or dict(type=..., ...), got {step!r}')
 
     def degrade(self, image: Tensor) -> Tensor:
         for step in self.steps:
@@ -265,19 +269,3 @@ def _particles(image: Tensor, density: float, shape: Tensor) -> Tensor:
     size = (1, 1, image.shape[-2] + shape.shape[0] - 1, image.shape[-1] + shape.shape[1] - 1)
     middles = (torch.rand(size) < density) * (0.5 + 0.5 * torch.rand(size))
     return F.conv2d(middles, (shape / shape.max())[None, None])[0].clamp(0, 1).to(image)
-
-
-def _build(step: Callable[[Tensor], Tensor] | Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
-    """A callable as it is; a config dict(type=class or dotted name, **arguments) built."""
-    if isinstance(step, Mapping):
-        arguments = dict(step)
-        kind = arguments.pop('type', None)
-        if isinstance(kind, str) and '.' in kind:
-            module, _, name = kind.rpartition('.')
-            kind = getattr(importlib.import_module(module), name)
-        if not callable(kind):
-            raise ValueError(f'a step must be a callable or dict(type=..., ...), got type={kind!r}')
-        return kind(**arguments)
-    if not callable(step):
-        raise ValueError(f'a step must be a callable or dict(type=..., ...), got {step!r}')
-    return step

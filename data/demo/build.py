@@ -6,18 +6,20 @@ is always whole. If another process was faster, its folder (the same bytes) is u
 
 import difflib
 import json
-import os
 import pathlib
 import re
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from .progress import track
+from ..paths import data_home
+from ..progress import track
 from .scenes import Scene, draw_scene
 from .sources import SPLITS, MissingExtra, digits, photograph, split
 
@@ -67,13 +69,11 @@ def resolve(root: str) -> pathlib.Path:
         folder += '' if size == _SIZE else f'-{size}'
     place = data_home() / f'demo-v{VERSION}' / folder
     if not place.is_dir():
+        start = time.monotonic()
+        print(f'building {root} in {place} (once, some seconds) ...', file=sys.stderr, flush=True)
         _atomically(place, lambda target: build(target, size))
+        print(f'built {root} in {time.monotonic() - start:.1f} s', file=sys.stderr, flush=True)
     return place
-
-
-def data_home() -> pathlib.Path:
-    """$DENSEZOO_DATA, by default ~/.cache/densezoo."""
-    return pathlib.Path(os.path.expandvars(os.environ.get('DENSEZOO_DATA') or '~/.cache/densezoo')).expanduser()
 
 
 def _atomically(place: pathlib.Path, build: Callable[[pathlib.Path], None]) -> None:
@@ -103,7 +103,7 @@ def _classification(folder: pathlib.Path, size: int) -> None:
         for label in range(10):
             (folder / part / str(label)).mkdir(parents=True)
         indices = split()['digits'][part]
-        for index in track(indices, total=len(indices), title=f'demo:classification {part}'):
+        for index in track(indices, f'demo:classification {part}'):
             ink = Image.fromarray(scans.ink[index]).resize((32, 32), Image.Resampling.BICUBIC)
             pixels = np.rint(np.asarray(ink).clip(0, 1) * 255).astype(np.uint8)
             _save_png(folder / part / str(scans.labels[index]) / f'{index:04d}.png', pixels)
@@ -125,7 +125,7 @@ def _scenes(folder: pathlib.Path, size: int) -> None:
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
         scenes = _drawn(number, part, size)
-        for index, scene in enumerate(track(scenes, total=_SCENES[part], title=f'demo:detection {part}')):
+        for index, scene in enumerate(track(scenes, f'demo:detection {part}', _SCENES[part])):
             file = f'{index:05d}.png'
             labels = np.zeros((size, size), dtype=np.uint8)
             images.append({'id': index + 1, 'file_name': file, 'height': size, 'width': size,
@@ -153,7 +153,7 @@ def _restoration(folder: pathlib.Path, size: int) -> None:
     chosen = {part: list(crops(part)) for part in SPLITS}
     for part, cut in chosen.items():
         (folder / part).mkdir()
-        for name, top, left, pixels in track(cut, total=len(cut), title=f'demo:restoration {part}'):
+        for name, top, left, pixels in track(cut, f'demo:restoration {part}'):
             _save_png(folder / part / f'{name}_{top:04d}_{left:04d}.png', pixels)
 
 

@@ -67,7 +67,7 @@ def photograph(name: str) -> np.ndarray:
     package, file, _ = _PHOTOGRAPHS[name]
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise _missing({'skimage': 'scikit-image', 'sklearn': 'scikit-learn'}[package])
+        raise _missing({'skimage': 'scikit-image', 'sklearn': 'scikit-learn'}.get(package, package))
     path = pathlib.Path(spec.origin).parent / file
     if not path.is_file():
         raise FileNotFoundError(
