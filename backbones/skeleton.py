@@ -35,6 +35,7 @@ class Hierarchical(nn.Module):
     min_dynamic_size: ClassVar[int] = 33            # smallest height and width of an export with dynamic sizes
     new_in_dense: ClassVar[tuple[str, ...]] = ('output_norms.',)        # keys that classifier weights lack
     classifier_keys: ClassVar[tuple[str, ...]] = ('norm.', 'head.')     # keys that the dense form lacks
+    reduced: ClassVar[dict[str, Any]] = dict(depths=(1, 1, 2, 1), dims=(32, 64, 96, 128))     # a small copy, for dry runs
     norm_first = False                              # the classifier's norm acts on the map, before pooling
 
     default_cfg: dict[str, Any]

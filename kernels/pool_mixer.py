@@ -46,7 +46,7 @@ def pool_mixer_reference(x: Tensor, pool_size: int = 3, *, norm: JointNorm | Non
         weight, bias, eps = norm
         maps = F.group_norm(maps, 1, weight, bias, eps)
     pooled = F.avg_pool2d(maps, pool_size, stride=1, padding=pool_size // 2, count_include_pad=False)
-    return (pooled - maps).permute(0, 2, 3, 1)
+    return pooled.sub_(maps).permute(0, 2, 3, 1)        # in place: neither step's gradient needs its result
 
 
 def can_run_triton(x: Tensor) -> str | None:

@@ -9,9 +9,8 @@ import torch
 from densezoo.backbones import create_model, list_models, load_checkpoint
 
 NAMES = sorted(path.stem for path in probe.GOLDENS.glob('*.json') if path.stem.split('__')[0] in list_models())
-FAST = ('logits_224', 'features_200x264', 'features_224', 'grad_224')
 
-CASES = [pytest.param(name, case['name'], id=f'{name}-{case["name"]}', marks=[] if case['name'] in FAST else pytest.mark.slow)
+CASES = [pytest.param(name, case['name'], id=f'{name}-{case["name"]}')
          for name in NAMES for case in probe.load(name)['cases']]
 
 
