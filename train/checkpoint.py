@@ -8,7 +8,6 @@ containers, nothing else.
 import numbers
 import os
 import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -76,12 +75,14 @@ def load_checkpoint(path: str | Path, map_location: Any = 'cpu') -> dict[str, An
     try:
         loaded = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = next((line.strip() for line in str(error).splitlines() if 'GLOBAL' in line), str(error).split('\n')[0])
+        lines = str(error).splitlines()
+        reason = next((line.strip() for line in lines if 'GLOBAL' in line), lines[0] if lines else 'no reason given')
         raise ValueError(
-            f'{path} is refused: it holds more than tensors and plain values, and loading it could execute code ({reason})'
+            f'{path} is refused: it holds more than tensors and plain values, loading it could execute code ({reason})'
         ) from None
-    except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f'{path} is not a readable checkpoint: {str(error).splitlines()[0]}') from None
+    except Exception as error:  # whatever the unpickler trips over in a file that is none
+        reason = (str(error).splitlines() or ['the file is empty or cut off'])[0]
+        raise ValueError(f'{path} is not a readable checkpoint: {reason}') from None
     if not isinstance(loaded, dict):
         raise ValueError(f'{path} is not a checkpoint: it holds a {type(loaded).__name__}, not a dict')
     if 'state_dict' not in loaded:

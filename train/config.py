@@ -2,8 +2,8 @@
 
 A config is pure Python for mmengine's lazy mode: one import per line, classes only under `type=`, literals and plain
 arithmetic elsewhere, bases by `with read_base(): from .._base_.x import *`. `load_config` says in one line which of
-these a file breaks. Overrides are `a.b.0.c=value`: every step of the path must exist, or its last name be an argument of
-the component there.
+these a file breaks. Overrides are `a.b.0.c=value`: every step of the path must exist, or its last name be an argument
+of the component there.
 """
 
 import ast
@@ -12,7 +12,7 @@ import difflib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 
 from ..backbones import create_model
 from ..backbones.registry import constructor_arguments
+from .hooks import DEFAULT_HOOKS
 
 # Keys at the top of a config beside mmengine's Runner's own.
 TOP_LEVEL = ('check_data', 'compile', 'find_unused_parameters', 'model_wrapper_cfg', 'sync_bn', 'optim_wrapper')
@@ -36,7 +37,7 @@ CONTAINERS: dict[str, tuple[str, ...]] = {
     'env_cfg': ('cudnn_benchmark', 'mp_cfg', 'dist_cfg', 'resource_limit'),
     'auto_scale_lr': ('enable', 'base_batch_size'),
     'compile': ('backend', 'mode', 'dynamic', 'fullgraph', 'options'),
-    'default_hooks': ('param_scheduler', 'reseed', 'guard', 'log', 'checkpoint', 'progress', 'pictures', 'summary'),
+    'default_hooks': tuple(DEFAULT_HOOKS),
 }
 _LOADER_KEYS = ('dataset', 'sampler', 'batch_sampler', 'collate_fn', 'num_batch_per_epoch', 'worker_init_fn')
 _ALWAYS = ('type', '_delete_', '_scope_')
@@ -115,7 +116,9 @@ def check_style(path: Path) -> None:
         if isinstance(node, ast.Import | ast.ImportFrom):
             module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
             bases = isinstance(node, ast.ImportFrom) and node.level > 0
-            if (not bases and module and module.split('.')[0] not in (*sys.stdlib_module_names, 'mmengine')) or (module and module.startswith('mmengine') and module != 'mmengine.config'):
+            if (not bases and module and module.split('.')[0] not in (*sys.stdlib_module_names, 'mmengine')) or (
+                module and module.startswith('mmengine') and module != 'mmengine.config'
+            ):
                 imported.update(alias.asname or alias.name for alias in node.names)
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in imported:
@@ -144,7 +147,7 @@ def check_style(path: Path) -> None:
 
 
 def parse_overrides(options: Iterable[str]) -> dict[str, Any]:
-    """'a.b=c' strings -> {dotted path: value}. Values are Python literals; anything else is text; true/false/null too."""
+    """'a.b=c' strings -> {dotted path: value}. Values are Python literals, true, false, none; anything else is text."""
     parsed: dict[str, Any] = {}
     for option in options:
         key, equals, text = option.partition('=')
@@ -165,9 +168,29 @@ def _value(text: str) -> Any:
 
 
 def _override(config: Config, dotted: str, value: Any) -> None:
-    keys = dotted.split('.')
     root = config._cfg_dict
+    keys = dotted.split('.')
+    allowed = accepted_keys(root, ())
+    if len(keys) == 1 and keys[0] in dict.keys(root) and allowed is not None and keys[0] not in allowed:
+        uses = [path for path, found in _leaves(root) if '.' in path and found == dict.get(root, keys[0])]
+        hint = f': override {" and ".join(uses[:5])}' if uses else ''
+        raise ValueError(
+            f'{dotted} is a variable of the config file, and what was computed from it does not follow{hint}'
+        )
     _set(root, keys, value, dotted, ())
+
+
+def _leaves(node: Any, path: str = '') -> Iterator[tuple[str, Any]]:
+    """Dotted paths and values of everything in nested dicts and lists."""
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(node, dict):
+        items = dict.items(node)
+    elif isinstance(node, list | tuple):
+        items = enumerate(node)
+    for key, value in items:
+        below = f'{path}.{key}' if path else str(key)
+        yield below, value
+        yield from _leaves(value, below)
 
 
 def _set(node: Any, keys: list[str], value: Any, dotted: str, parents: tuple[str, ...]) -> Any:
@@ -240,6 +263,8 @@ def accepted_keys(node: Mapping[str, Any], parents: tuple[str, ...]) -> list[str
         extra = {'optim_wrapper': ['constructor', 'paramwise_cfg']}.get(parents[0] if len(parents) == 1 else '', [])
         hooks = ['priority'] if parents[0] in ('default_hooks', 'custom_hooks') else []
         return [*names, *extra, *hooks, *_ALWAYS]
+    if len(parents) == 2 and parents[0] == 'default_hooks' and place in DEFAULT_HOOKS:
+        return [*(arguments(DEFAULT_HOOKS[place], node) or ()), 'priority', *_ALWAYS]
     if place.endswith('_dataloader'):
         return [*inspect.signature(DataLoader.__init__).parameters, *_LOADER_KEYS]
     if place == 'optim_wrapper':

@@ -17,7 +17,10 @@ def keep_freed_memory() -> bool:
     if not sys.platform.startswith('linux'):
         return False
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
-    return mallopt is not None and all([mallopt(number, value) == 1 for number, value in _MALLOC_SETTINGS.items()])
+    if mallopt is None:
+        return False
+    accepted = [mallopt(number, value) == 1 for number, value in _MALLOC_SETTINGS.items()]  # all are tried
+    return all(accepted)
 
 
 def share_threads() -> None:

@@ -2,8 +2,8 @@
 
 Groups follow timm's `param_groups_layer_decay` (itself from BEiT, arXiv 2106.08254): the backbone's `group_matcher()`
 orders its parameters into layers; a layer's learning rate is multiplied by `layer_decay ** (last - layer)`; what the
-matcher does not name, neck and head included, is the last layer and learns at the full rate. Parameters of one dimension
-and those in `no_weight_decay()` are not decayed.
+matcher does not name, neck and head included, is the last layer and learns at the full rate. Parameters of one
+dimension and those in `no_weight_decay()` are not decayed.
 """
 
 import difflib

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.dist import master_only
-from mmengine.hooks import Hook, ParamSchedulerHook
 from mmengine.logging import MMLogger
 from mmengine.optim import OptimWrapper as MMEngineOptimWrapper
 from mmengine.registry import DATASETS
@@ -25,20 +24,9 @@ from torch.utils.data import DataLoader
 
 from .checkpoint import load_checkpoint, plain, save_checkpoint
 from .config import arguments, resolve
-from .hooks import Checkpoint, Log, NanGuard, Pictures, ProgressBar, Reseed, Summary
+from .hooks import DEFAULT_HOOKS
 from .loops import unwrapped
 
-# One of each in every run, unless the config replaces it (same name) or turns it off (name=None).
-DEFAULT_HOOKS: dict[str, type[Hook]] = {
-    'param_scheduler': ParamSchedulerHook,
-    'reseed': Reseed,
-    'guard': NanGuard,
-    'log': Log,
-    'checkpoint': Checkpoint,
-    'progress': ProgressBar,
-    'pictures': Pictures,
-    'summary': Summary,
-}
 _run_numbers = itertools.count()
 
 
@@ -93,7 +81,10 @@ class Runner(MMEngineRunner):
         """mmengine's, with the dataset checked before a sampler asks for its length."""
         if isinstance(dataloader, dict) and isinstance(dataloader.get('dataset'), dict):
             check = self.cfg.get('check_data', True) and self._train_loop is not None
-            dataloader = {**dataloader, 'dataset': {'type': checked_dataset, 'config': dataloader['dataset'], 'check': check}}
+            dataloader = {
+                **dataloader,
+                'dataset': {'type': checked_dataset, 'config': dataloader['dataset'], 'check': check},
+            }
         return MMEngineRunner.build_dataloader(dataloader, seed=seed, diff_rank_seed=diff_rank_seed)
 
     def train(self) -> nn.Module:
@@ -186,8 +177,8 @@ class Runner(MMEngineRunner):
                 meta['dataset_meta'] = metainfo  # mmengine compares pickles, which differ between equal values
             if meta.get('max_iters', self.max_iters) != self.max_iters:
                 self.logger.warning(
-                    f'the checkpoint comes from a run of {meta["max_iters"]} iterations, this one has {self.max_iters}: '
-                    'the learning-rate schedules end where they did in the checkpoint'
+                    f'the checkpoint comes from a run of {meta["max_iters"]} iterations, '
+                    f'this one has {self.max_iters}: the learning-rate schedules end where they did in the checkpoint'
                 )
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
         strict = strict or self._resume or self._train_loop is None
@@ -245,6 +236,7 @@ def load_weights(
 def complete(config: Config) -> Config:
     """A copy with the defaults that a config may leave out: samplers, collate, loops' data, visualizer, seeds."""
     config = copy.deepcopy(config)
+    spell_out(config._cfg_dict)
     config.setdefault('randomness', {'seed': 0})
     if config.randomness.get('seed') is None:
         config.randomness['seed'] = 0
@@ -268,6 +260,16 @@ def complete(config: Config) -> Config:
     if 'visualizer' not in config:
         config.visualizer = {'type': 'Visualizer', 'vis_backends': [{'type': 'TensorboardVisBackend'}]}
     return config
+
+
+def spell_out(node: Any) -> None:
+    """Replace classes and functions under `type`, put there by a program, by names that can be written down."""
+    if isinstance(node, dict):
+        kind = dict.get(node, 'type')
+        if inspect.isclass(kind) or inspect.isfunction(kind):
+            node['type'] = f'{kind.__module__}.{kind.__qualname__}'
+    for value in dict.values(node) if isinstance(node, dict) else node if isinstance(node, list | tuple) else ():
+        spell_out(value)
 
 
 def build_runner(

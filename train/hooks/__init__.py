@@ -1,4 +1,6 @@
-"""Hooks of a run. `Runner` registers one of each by default (see densezoo.train.runner.DEFAULT_HOOKS)."""
+"""Hooks of a run. `DEFAULT_HOOKS` are in every run; a config changes one by name, or turns it off with None."""
+
+from mmengine.hooks import Hook, ParamSchedulerHook
 
 from .checkpoint import Checkpoint
 from .guard import NanGuard, NonFiniteError
@@ -8,4 +10,25 @@ from .progress import ProgressBar
 from .reseed import Reseed
 from .summary import Summary
 
-__all__ = ['Checkpoint', 'Log', 'NanGuard', 'NonFiniteError', 'Pictures', 'ProgressBar', 'Reseed', 'Summary']
+DEFAULT_HOOKS: dict[str, type[Hook]] = {
+    'param_scheduler': ParamSchedulerHook,
+    'reseed': Reseed,
+    'guard': NanGuard,
+    'log': Log,
+    'checkpoint': Checkpoint,
+    'progress': ProgressBar,
+    'pictures': Pictures,
+    'summary': Summary,
+}
+
+__all__ = [
+    'DEFAULT_HOOKS',
+    'Checkpoint',
+    'Log',
+    'NanGuard',
+    'NonFiniteError',
+    'Pictures',
+    'ProgressBar',
+    'Reseed',
+    'Summary',
+]

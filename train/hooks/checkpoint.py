@@ -55,7 +55,9 @@ class Checkpoint(Hook):
             self.best = json.loads(record.read_text())
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        if (not self.by_epoch and self.interval > 0 and (runner.iter + 1) % self.interval == 0) or (not self.by_epoch and runner.iter + 1 == runner.max_iters):
+        if (not self.by_epoch and self.interval > 0 and (runner.iter + 1) % self.interval == 0) or (
+            not self.by_epoch and runner.iter + 1 == runner.max_iters
+        ):
             self._save_last(runner, epoch=runner.epoch, iteration=runner.iter + 1)
 
     def after_train_epoch(self, runner: Any) -> None:

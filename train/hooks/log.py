@@ -119,19 +119,13 @@ def append_csv(path: Path, row: Mapping[str, float]) -> None:
         writer.writerow(row)
 
 
-def read_log(path: Path) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
-    """`log.jsonl` -> {'train' or 'val': {name: (steps, values)}}; what a resumed run wrote again replaces the old."""
-    latest: dict[str, dict[str, dict[int, float]]] = {'train': {}, 'val': {}}
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:  # a line cut short by a kill
-                continue
-            kind, step = row.pop('kind'), row.pop('step')
-            for name, value in row.items():
-                latest[kind].setdefault(name, {})[step] = value
-    return {
-        kind: {name: (sorted(points), [points[step] for step in sorted(points)]) for name, points in names.items()}
-        for kind, names in latest.items()
-    }
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Rows of a `log.jsonl` in order of iterations; what a resumed run wrote again replaces the old."""
+    latest: dict[tuple[int, str], dict[str, Any]] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # cut short by a kill
+            continue
+        latest[row['step'], row['kind']] = row
+    return [latest[key] for key in sorted(latest)]

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -17,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..checkpoint import atomic_write
+from ..visualize import curves
 from .log import read_log
 
 
@@ -74,7 +73,7 @@ class Summary(Hook):
         folder = Path(runner.work_dir)
         atomic_write(folder / 'metrics.json', (json.dumps(result, indent=2) + '\n').encode())
         if self.curves:
-            draw_curves(folder / 'log.jsonl', folder / 'curves.png')
+            curves(read_log(folder / 'log.jsonl'), folder / 'curves.png')
         print_table(result, runner.work_dir)
 
     @property
@@ -95,27 +94,3 @@ def print_table(metrics: dict[str, float], title: str) -> None:
     for name, value in metrics.items():
         table.add_row(name, f'{value:.4f}' if isinstance(value, float) else str(value))
     Console().print(table)
-
-
-def draw_curves(log: Path, path: Path) -> None:
-    """One panel for the losses, one for the learning rate, one per validation metric."""
-    curves = read_log(log)
-    losses = {name: points for name, points in curves['train'].items() if name.startswith('loss')}
-    panels: list[tuple[str, dict[str, tuple[list[int], list[float]]]]] = [('training loss', losses)]
-    if 'lr' in curves['train']:
-        panels.append(('learning rate', {'lr': curves['train']['lr']}))
-    panels += [(name, {name: points}) for name, points in curves['val'].items()]
-    columns = min(3, len(panels))
-    rows = (len(panels) + columns - 1) // columns
-    figure = Figure(figsize=(4.5 * columns, 3.2 * rows), layout='constrained')
-    FigureCanvasAgg(figure)
-    for index, (title, lines) in enumerate(panels):
-        axes = figure.add_subplot(rows, columns, index + 1)
-        for name, (steps, values) in lines.items():
-            axes.plot(steps, values, marker='.' if len(steps) < 30 else None, label=name)
-        axes.set_title(title)
-        axes.set_xlabel('iteration')
-        axes.grid(alpha=0.3)
-        if len(lines) > 1:
-            axes.legend(fontsize='small')
-    figure.savefig(path, dpi=100)
