@@ -131,12 +131,13 @@ def check_style(path: Path) -> None:
             values = [(node.arg, node.value)]
         elif isinstance(node, ast.Dict):
             values = [
-                (key.value if isinstance(key, ast.Constant) else None, v) for key, v in zip(node.keys, node.values)
+                (str(key.value) if isinstance(key, ast.Constant) else None, value)
+                for key, value in zip(node.keys, node.values, strict=True)
             ]
         elif isinstance(node, ast.Assign):
             values = [(None, node.value)]
-        for key, value in values:
-            if key != 'type' and isinstance(value, ast.Name) and value.id in imported:
+        for name, value in values:
+            if name != 'type' and isinstance(value, ast.Name) and value.id in imported:
                 raise ValueError(
                     f'{path}, line {value.lineno}: {value.id} may only stand under type= '
                     '(as a plain value it does not survive being written down with the run)'
@@ -262,7 +263,9 @@ def accepted_keys(node: Mapping[str, Any], parents: tuple[str, ...]) -> list[str
             return None
         extra = {'optim_wrapper': ['constructor', 'paramwise_cfg']}.get(parents[0] if len(parents) == 1 else '', [])
         hooks = ['priority'] if parents[0] in ('default_hooks', 'custom_hooks') else []
-        return [*names, *extra, *hooks, *_ALWAYS]
+        # Read by the Runner, which then calls the scheduler's build_iter_from_epoch instead of its constructor.
+        schedules = ['convert_to_iter_based'] if parents[0] == 'param_scheduler' else []
+        return [*names, *extra, *hooks, *schedules, *_ALWAYS]
     if len(parents) == 2 and parents[0] == 'default_hooks' and place in DEFAULT_HOOKS:
         return [*(arguments(DEFAULT_HOOKS[place], node) or ()), 'priority', *_ALWAYS]
     if place.endswith('_dataloader'):

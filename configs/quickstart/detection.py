@@ -1,0 +1,52 @@
+"""Handwritten digits on photographs (96x96, a genuine COCO dataset) with a small ConvFormer, FPN and FCOS."""
+
+from mmengine.config import read_base
+from torchvision.transforms import v2
+
+from densezoo.backbones import create_model
+from densezoo.data import CocoDetection
+from densezoo.heads import FCOS, FPN
+from densezoo.train import Detector, Preprocess
+from densezoo.train.evaluators import CocoMetric
+
+with read_base():
+    from .._base_.schedule_quickstart import *
+
+max_iters = 2600
+
+model = dict(
+    type=Detector,
+    backbone=dict(
+        type=create_model,
+        name='convformer_s18',
+        features_only=True,
+        out_indices=(1, 2, 3),
+        dims=(32, 64, 160, 256),
+        depths=(1, 2, 3, 1),
+    ),
+    neck=dict(type=FPN, out_channels=96),
+    # Digits of 22 to 44 pixels: the stride-8 map decides, the coarser ones give it context.
+    head=dict(type=FCOS, num_classes=10, num_convs=2, score_threshold=0.05),
+    preprocess=dict(type=Preprocess, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), divisor=32),
+)
+
+train_dataloader = dict(
+    batch_size=8,
+    num_workers=2,
+    persistent_workers=True,
+    dataset=dict(
+        type=CocoDetection,
+        root='demo:detection',
+        split='train',
+        transforms=[dict(type=v2.ColorJitter, brightness=0.2, contrast=0.2, saturation=0.2)],
+    ),
+)
+val_dataloader = dict(
+    batch_size=20,
+    num_workers=0,
+    dataset=dict(type=CocoDetection, root='demo:detection', split='val'),
+)
+val_evaluator = dict(type=CocoMetric, iou_types=('bbox',))
+
+train_cfg.update(max_iters=max_iters, val_interval=1300)
+param_scheduler[1].update(end=max_iters)

@@ -1,0 +1,57 @@
+"""Every config that comes with densezoo loads, builds its model on the meta device, and survives a dump. Without these
+tests a recipe for data that no developer has at hand breaks unseen."""
+
+import copy
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
+
+from densezoo.train.config import check_arguments, config_names, find_config, load_config
+
+NAMES = config_names()
+
+
+def build_on_meta(config: Config) -> torch.nn.Module:
+    model = copy.deepcopy(config.model)
+    model.backbone.pop('pretrained', None)
+    with torch.device('meta'):
+        return MODELS.build(model)
+
+
+def test_there_are_configs_for_every_task():
+    folders = {name.split('/')[0] for name in NAMES}
+    assert folders == {'quickstart', 'classification', 'detection', 'segmentation', 'restoration'}
+    quickstarts = {name.split('/')[1] for name in NAMES if name.startswith('quickstart/')}
+    assert quickstarts == {'classification', 'detection', 'instance', 'segmentation', 'restoration'}
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_config_builds_dumps_and_builds_again(name, tmp_path):
+    config = load_config(name)
+    model = build_on_meta(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) > 0
+
+    dumped = tmp_path / 'dumped.py'
+    config.dump(dumped)
+    again = Config.fromfile(dumped)
+    check_arguments(again)
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    assert {key: value.shape for key, value in build_on_meta(again).state_dict().items()} == shapes
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_config_trains_and_validates(name):
+    config = load_config(name)
+    assert config.train_dataloader.dataset.type and config.val_dataloader.dataset.type
+    assert config.val_evaluator and config.optim_wrapper and config.param_scheduler
+    end = config.train_cfg.get('max_iters') or config.train_cfg.get('max_epochs')
+    assert config.param_scheduler[-1]['end'] == end, 'the last schedule ends before or after the training'
+
+
+@pytest.mark.parametrize('name', [name for name in NAMES if not name.startswith('quickstart/')])
+def test_recipe_states_its_figure(name):
+    """The last comment of a recipe is the published figure, or says that there is none."""
+    last = find_config(name).read_text().strip().splitlines()[-1]
+    assert last.startswith('# ') and 'published' in last and 'trained here' in last

@@ -1,0 +1,95 @@
+"""Measure ours against a peer, side by side in one run: `python tools/benchmark.py WHAT`, or `densezoo benchmark WHAT`.
+
+python tools/benchmark.py backbones --models poolformer_s12 caformer_s18    # against timm
+python tools/benchmark.py loop                                              # against a bare PyTorch loop
+python tools/benchmark.py pipeline --workers 2                              # against torchvision's reference pipeline
+python tools/benchmark.py peers --tasks detection                           # metrics against a torchvision backbone
+Ratios above 1 mean that ours is faster. Nothing else should run on the machine.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from densezoo.tools.common import report_errors
+
+
+def parser() -> argparse.ArgumentParser:
+    arguments = argparse.ArgumentParser(prog='densezoo benchmark', description='Measure ours against a peer.')
+    arguments.add_argument('--json', action='store_true', help='print JSON instead of a table')
+    what = arguments.add_subparsers(dest='what', required=True)
+    backbones = what.add_parser('backbones', help='forward passes against timm')
+    backbones.add_argument('--models', nargs='+', help='model names (default: one of each family)')
+    backbones.add_argument('--batch', type=int, default=4)
+    backbones.add_argument('--size', type=int, default=224)
+    backbones.add_argument('--repeats', type=int, default=8)
+    backbones.add_argument('--device', default='cpu')
+    loop = what.add_parser('loop', help='training iterations against a bare PyTorch loop')
+    loop.add_argument('--config', default='quickstart/classification')
+    loop.add_argument('--iterations', type=int, default=200)
+    pipeline = what.add_parser('pipeline', help="detection data against torchvision's reference pipeline")
+    pipeline.add_argument('--root', default='demo:detection', help='a COCO folder')
+    pipeline.add_argument('--workers', type=int, default=2)
+    pipeline.add_argument('--batches', type=int, default=100)
+    pipeline.add_argument('--masks', action='store_true')
+    peers = what.add_parser('peers', help="the quickstarts' metrics against a torchvision backbone")
+    peers.add_argument('--tasks', nargs='+', help='quickstarts (default: all; each is trained twice)')
+    peers.add_argument('--max-iters', type=int, help='iterations of both sides (default: the quickstart\'s)')
+    peers.add_argument('--work-dir', help="where the runs' files go (default: a temporary folder)")
+    return arguments
+
+
+def measure(options: dict[str, Any]) -> list[dict[str, Any]]:
+    what = options.pop('what')
+    given = {name: value for name, value in options.items() if value is not None}
+    if what == 'backbones':
+        from densezoo.tools.benchmarks import backbones
+
+        return [comparison.row() for comparison in backbones.run(**given)]
+    if what == 'pipeline':
+        from densezoo.tools.benchmarks import pipeline
+
+        return [comparison.row() for comparison in pipeline.run(**given)]
+    with tempfile.TemporaryDirectory() as scratch:
+        given.setdefault('work_dir', scratch)
+        if what == 'loop':
+            from densezoo.tools.benchmarks import loop
+
+            return [comparison.row() for comparison in loop.run(**given)]
+        from densezoo.tools.benchmarks import peers
+
+        return peers.run(**given)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as a Markdown table; times in milliseconds."""
+    if 'ratio' in rows[0]:
+        lines = ['| what | ours, ms | peer, ms | peer | ratio |', '|---|---:|---:|---|---:|']
+        lines += [
+            f'| {row["name"]} | {row["ours"] * 1e3:.2f} | {row["peer"] * 1e3:.2f} | {row["peer_name"]} | {row["ratio"]:.2f} |'
+            for row in rows
+        ]
+    else:
+        lines = ['| task | metric | ours | peer | peer backbone | seconds |', '|---|---|---:|---:|---|---:|']
+        lines += [
+            f'| {row["task"]} | {row["metric"]} | {row["ours"]:.3f} | {row["peer"]:.3f} | {row["peer_name"]} '
+            f'| {row["ours_seconds"]:.0f} and {row["peer_seconds"]:.0f} |'
+            for row in rows
+        ]
+    return '\n'.join(lines)
+
+
+@report_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    options = vars(parser().parse_args(argv))
+    as_json = options.pop('json')
+    rows = measure(options)
+    print(json.dumps(rows, indent=2) if as_json else table(rows))
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
