@@ -70,7 +70,9 @@ def load_checkpoint(model: _Model, path_or_state_dict: str | os.PathLike[str] | 
         left_over, extra = _split(extra, allowed_extra)
         new, missing = _split(missing, model.new_in_dense)
         if left_over or new:
-            notes[''] = f'left over from the classifier: {_list(left_over)}; new in the dense form: {_list(new)}'
+            cut = [f'{prefix}*' for prefix in model.absent_keys if any(key.startswith(prefix) for key in left_over)]
+            rest = _split(left_over, model.absent_keys)[1]
+            notes[''] = f'left over from the classifier: {_list(rest + cut)}; new in the dense form: {_list(new)}'
     problems = [f'{what}: {_list(keys)}' for what, keys in
                 (('missing', missing), ('unexpected', extra), ('of another shape', misfits)) if keys]
     if problems and strict:

@@ -4,12 +4,13 @@ Written from the paper and the facts of the authors' code, https://github.com/sa
 carry the same licence). Key names are the authors'. Differs: sizes that stride 4 does not divide are padded where the
 authors' stem drops border pixels. The authors published no dense form: ours returns the stages' raw maps.
 """
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .layers import NORMS, ConvDownsample, MetaFormerBlock, Mlp, RandomMixer, build_mixer, drop_path_schedule
+from .layers import ConvDownsample, MetaFormerBlock, Mlp, RandomMixer, build_mixer, drop_path_schedule, norm_factory
 from .layers.grid import ceil_div
-from .registry import Weights, register, weights
+from .registry import register, weights
 from .sizes import FixedSize
 from .skeleton import Hierarchical, check_stages, per_stage
 
@@ -35,8 +36,8 @@ class MetaFormer(Hierarchical):
     def __init__(self, *, depths: Sequence[int] = (2, 2, 6, 2), dims: Sequence[int] = (64, 128, 320, 512),
                  mixers: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] = 'identity',
                  norm: str = 'layer_no_bias', mlp_ratio: float = 4.0, act: str = 'star_relu',
-                 layer_scale: float | None | Sequence[float | None] = None,
-                 res_scale: float | None | Sequence[float | None] = (None, None, 1.0, 1.0), head: str = 'linear',
+                 layer_scale: float | Sequence[float | None] | None = None,
+                 res_scale: float | Sequence[float | None] | None = (None, None, 1.0, 1.0), head: str = 'linear',
                  drop_path_rate: float = 0.0, drop_rate: float = 0.0, in_chans: int = 3, num_classes: int = 1000,
                  img_size: int | tuple[int, int] | None = None, features_only: bool = False,
                  out_indices: int | Sequence[int] = (0, 1, 2, 3)):
@@ -44,12 +45,12 @@ class MetaFormer(Hierarchical):
         depths, dims = check_stages(depths, dims)
         size = img_size if img_size is not None else 224
         height, width = (size, size) if isinstance(size, int) else tuple(size)
-        plain = NORMS['layer_no_bias']
+        plain = norm_factory('layer_no_bias')
         stem = ConvDownsample(in_chans, dims[0], kernel=7, stride=4, padding=2, post_norm=plain, image=True)
         downsamplings = [ConvDownsample(a, b, kernel=3, stride=2, padding=1, pre_norm=plain)
-                         for a, b in zip(dims, dims[1:])]
+                         for a, b in itertools.pairwise(dims)]
         stages = [
-            [MetaFormerBlock(dim=dim, norm=NORMS[norm], drop_path=rate, layer_scale=layer, res_scale=res,
+            [MetaFormerBlock(dim=dim, norm=norm_factory(norm), drop_path=rate, layer_scale=layer, res_scale=res,
                              mixer=build_mixer(mixer, dim=dim, grid=(ceil_div(height, stride), ceil_div(width, stride))),
                              mlp=Mlp(dim=dim, ratio=mlp_ratio, act=act, bias=False))
              for rate in rates]
@@ -57,7 +58,7 @@ class MetaFormer(Hierarchical):
                 dims, per_stage('mixers', mixers), self.strides, drop_path_schedule(depths, drop_path_rate),
                 per_stage('layer_scale', layer_scale), per_stage('res_scale', res_scale))]
         self.assemble(
-            dims=dims, downsamplings=[stem, *downsamplings], stages=stages, output_norm=None, norm=NORMS['layer'],
+            dims=dims, downsamplings=[stem, *downsamplings], stages=stages, output_norm=None, norm=norm_factory('layer'),
             head=head, in_chans=in_chans, num_classes=num_classes, drop_rate=drop_rate, features_only=features_only,
             out_indices=out_indices)
         if any(isinstance(module, RandomMixer) for module in self.modules()):
@@ -72,71 +73,80 @@ class RandFormer(MetaFormer):
 
 
 _HUB = 'https://huggingface.co/sail/dl/resolve/main/'
-_PAPER = dict(paper='https://arxiv.org/abs/2210.13452', origin='https://github.com/sail-sg/metaformer')
-_S, _M, _B = (64, 128, 320, 512), (96, 192, 384, 768), (128, 256, 512, 768)
-_M36 = (96, 192, 384, 576)
-_RAND = ('identity', 'identity', 'random', 'random')
-_CA = ('conv', 'conv', 'attention', 'attention')
+_PAPER: dict[str, Any] = {'paper': 'https://arxiv.org/abs/2210.13452', 'origin': 'https://github.com/sail-sg/metaformer'}
+# depths and dims of the sizes
+_S12, _S24, _S36 = (((n, n, 3 * n, n), (64, 128, 320, 512)) for n in (2, 4, 6))
+_M36, _M48 = (((n, n, 3 * n, n), (96, 192, 384, 768)) for n in (6, 8))
+_S18 = (3, 3, 9, 3), (64, 128, 320, 512)
+_S36L, _M36L, _B36L = (((3, 12, 18, 3), dims) for dims in ((64, 128, 320, 512), (96, 192, 384, 576), (128, 256, 512, 768)))
+
+_RANDOM_LATE = ('identity', 'identity', 'random', 'random')
+_ATTENTION_LATE = ('conv', 'conv', 'attention', 'attention')
+_Size = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-def _in1k(path: str, *, top1: float, params: float, macs: float) -> list[Weights]:
-    """Weights of the families with simple mixers: ImageNet-1k at 224."""
-    return [weights('sail_in1k', f'{_HUB}{path}.pth', top1=top1, params=params, macs=macs, crop_pct=1.0, **_PAPER)]
+def _basic(name: str, mixers: str | tuple[str, ...], size: _Size, *, drop_path: float, top1: float, params: float,
+           macs: float) -> None:
+    """A model with a basic mixer, trained on ImageNet-1k at 224."""
+    path = f'{_HUB}{name.split("_")[0]}/{name}'
+    register(name, RandFormer if 'random' in mixers else MetaFormer, depths=size[0], dims=size[1], mixers=mixers,
+             norm='joint_no_bias', drop_path=drop_path,
+             weights=[weights('sail_in1k', f'{path}.pth', top1=top1, params=params, macs=macs, crop_pct=1.0, **_PAPER)])
 
 
-def _all(path: str, *, top1: Sequence[float], params: float, macs: Sequence[float]) -> list[Weights]:
-    """The five published sets of ConvFormer and CAFormer.
+def _strong(name: str, mixers: str | tuple[str, ...], size: _Size, *, rates: tuple[float, float], top1: Sequence[float],
+            params: float, macs: tuple[float, float]) -> None:
+    """A model with the five published sets of weights.
 
     Args:
-        top1: ImageNet-1k at 224 and 384, then pre-trained on ImageNet-21k and tuned at 224 and 384.
+        rates: stochastic depth and dropout before the last layer in training.
+        top1: ImageNet-1k at 224 and 384; pre-trained on ImageNet-21k and tuned at 224 and 384.
         macs: at 224 and 384, in 1e9.
     """
-    common: dict[str, Any] = dict(params=params, crop_pct=1.0, classifier='head.fc2', **_PAPER)
-    small, large = dict(macs=macs[0], size=224, **common), dict(macs=macs[1], size=384, **common)
-    return [weights('sail_in1k', f'{_HUB}{path}.pth', top1=top1[0], **small),
-            weights('sail_in1k_384', f'{_HUB}{path}_384.pth', top1=top1[1], **large),
-            weights('sail_in22k_ft_in1k', f'{_HUB}{path}_in21ft1k.pth', top1=top1[2], **small),
-            weights('sail_in22k_ft_in1k_384', f'{_HUB}{path}_384_in21ft1k.pth', top1=top1[3], **large),
-            weights('sail_in22k', f'{_HUB}{path}_in21k.pth', top1=None, num_classes=21841, **small)]
+    path = f'{_HUB}{name.split("_")[0]}/{name}'
+    common: dict[str, Any] = {'params': params, 'crop_pct': 1.0, 'classifier': 'head.fc2', **_PAPER}
+    small, large = {'macs': macs[0], **common}, {'macs': macs[1], 'size': 384, **common}
+    register(name, MetaFormer, depths=size[0], dims=size[1], mixers=mixers, head='mlp', drop_path=rates[0], drop=rates[1],
+             weights=[weights('sail_in1k', f'{path}.pth', top1=top1[0], **small),
+                      weights('sail_in1k_384', f'{path}_384.pth', top1=top1[1], **large),
+                      weights('sail_in22k_ft_in1k', f'{path}_in21ft1k.pth', top1=top1[2], **small),
+                      weights('sail_in22k_ft_in1k_384', f'{path}_384_in21ft1k.pth', top1=top1[3], **large),
+                      weights('sail_in22k', f'{path}_in21k.pth', top1=None, num_classes=21841, **small)])
 
 
-def _simple(name: str, cls: type[MetaFormer], mixers: str | tuple[str, ...], *, depths: Sequence[int],
-            dims: Sequence[int], drop_path: float, top1: float, params: float, macs: float) -> None:
-    register(name, cls, depths=depths, dims=dims, mixers=mixers, norm='joint_no_bias', drop_path=drop_path,
-             weights=_in1k(f'{name.split("_")[0]}/{name}', top1=top1, params=params, macs=macs))
-
-
-def _strong(name: str, mixers: str | tuple[str, ...], *, depths: Sequence[int], dims: Sequence[int], drop_path: float,
-            drop: float, top1: Sequence[float], params: float, macs: Sequence[float]) -> None:
-    register(name, MetaFormer, depths=depths, dims=dims, mixers=mixers, head='mlp', drop_path=drop_path, drop=drop,
-             weights=_all(f'{name.split("_")[0]}/{name}', top1=top1, params=params, macs=macs))
-
-
-_simple('identityformer_s12', MetaFormer, 'identity', depths=(2, 2, 6, 2), dims=_S, drop_path=0.1, top1=74.6, params=11.9, macs=1.8)
-_simple('identityformer_s24', MetaFormer, 'identity', depths=(4, 4, 12, 4), dims=_S, drop_path=0.1, top1=78.2, params=21.3, macs=3.4)
-_simple('identityformer_s36', MetaFormer, 'identity', depths=(6, 6, 18, 6), dims=_S, drop_path=0.2, top1=79.3, params=30.8, macs=5.0)
-_simple('identityformer_m36', MetaFormer, 'identity', depths=(6, 6, 18, 6), dims=_M, drop_path=0.3, top1=80.0, params=56.1, macs=8.8)
-_simple('identityformer_m48', MetaFormer, 'identity', depths=(8, 8, 24, 8), dims=_M, drop_path=0.4, top1=80.4, params=73.3, macs=11.5)
+_basic('identityformer_s12', 'identity', _S12, drop_path=0.1, top1=74.6, params=11.9, macs=1.8)
+_basic('identityformer_s24', 'identity', _S24, drop_path=0.1, top1=78.2, params=21.3, macs=3.4)
+_basic('identityformer_s36', 'identity', _S36, drop_path=0.2, top1=79.3, params=30.8, macs=5.0)
+_basic('identityformer_m36', 'identity', _M36, drop_path=0.3, top1=80.0, params=56.1, macs=8.8)
+_basic('identityformer_m48', 'identity', _M48, drop_path=0.4, top1=80.4, params=73.3, macs=11.5)
 
 # params: the trained ones and the frozen random matrices together
-_simple('randformer_s12', RandFormer, _RAND, depths=(2, 2, 6, 2), dims=_S, drop_path=0.1, top1=76.6, params=12.1, macs=1.9)
-_simple('randformer_s24', RandFormer, _RAND, depths=(4, 4, 12, 4), dims=_S, drop_path=0.1, top1=78.2, params=21.8, macs=3.5)
-_simple('randformer_s36', RandFormer, _RAND, depths=(6, 6, 18, 6), dims=_S, drop_path=0.2, top1=79.5, params=31.5, macs=5.2)
-_simple('randformer_m36', RandFormer, _RAND, depths=(6, 6, 18, 6), dims=_M, drop_path=0.3, top1=81.2, params=56.8, macs=9.0)
-_simple('randformer_m48', RandFormer, _RAND, depths=(8, 8, 24, 8), dims=_M, drop_path=0.3, top1=81.4, params=74.2, macs=11.9)
+_basic('randformer_s12', _RANDOM_LATE, _S12, drop_path=0.1, top1=76.6, params=12.1, macs=1.9)
+_basic('randformer_s24', _RANDOM_LATE, _S24, drop_path=0.1, top1=78.2, params=21.8, macs=3.5)
+_basic('randformer_s36', _RANDOM_LATE, _S36, drop_path=0.2, top1=79.5, params=31.5, macs=5.2)
+_basic('randformer_m36', _RANDOM_LATE, _M36, drop_path=0.3, top1=81.2, params=56.8, macs=9.0)
+_basic('randformer_m48', _RANDOM_LATE, _M48, drop_path=0.3, top1=81.4, params=74.2, macs=11.9)
 
-_simple('poolformerv2_s12', MetaFormer, 'pool', depths=(2, 2, 6, 2), dims=_S, drop_path=0.1, top1=78.0, params=11.9, macs=1.8)
-_simple('poolformerv2_s24', MetaFormer, 'pool', depths=(4, 4, 12, 4), dims=_S, drop_path=0.1, top1=80.7, params=21.3, macs=3.4)
-_simple('poolformerv2_s36', MetaFormer, 'pool', depths=(6, 6, 18, 6), dims=_S, drop_path=0.2, top1=81.6, params=30.8, macs=5.0)
-_simple('poolformerv2_m36', MetaFormer, 'pool', depths=(6, 6, 18, 6), dims=_M, drop_path=0.3, top1=82.2, params=56.1, macs=8.8)
-_simple('poolformerv2_m48', MetaFormer, 'pool', depths=(8, 8, 24, 8), dims=_M, drop_path=0.4, top1=82.6, params=73.3, macs=11.5)
+_basic('poolformerv2_s12', 'pool', _S12, drop_path=0.1, top1=78.0, params=11.9, macs=1.8)
+_basic('poolformerv2_s24', 'pool', _S24, drop_path=0.1, top1=80.7, params=21.3, macs=3.4)
+_basic('poolformerv2_s36', 'pool', _S36, drop_path=0.2, top1=81.6, params=30.8, macs=5.0)
+_basic('poolformerv2_m36', 'pool', _M36, drop_path=0.3, top1=82.2, params=56.1, macs=8.8)
+_basic('poolformerv2_m48', 'pool', _M48, drop_path=0.4, top1=82.6, params=73.3, macs=11.5)
 
-_strong('convformer_s18', 'conv', depths=(3, 3, 9, 3), dims=_S, drop_path=0.2, drop=0.0, top1=(83.0, 84.4, 83.7, 85.0), params=26.8, macs=(3.9, 11.6))
-_strong('convformer_s36', 'conv', depths=(3, 12, 18, 3), dims=_S, drop_path=0.3, drop=0.0, top1=(84.1, 85.4, 85.4, 86.4), params=40.0, macs=(7.6, 22.4))
-_strong('convformer_m36', 'conv', depths=(3, 12, 18, 3), dims=_M36, drop_path=0.4, drop=0.0, top1=(84.5, 85.6, 86.1, 86.9), params=57.1, macs=(12.8, 37.7))
-_strong('convformer_b36', 'conv', depths=(3, 12, 18, 3), dims=_B, drop_path=0.6, drop=0.0, top1=(84.8, 85.7, 87.0, 87.6), params=99.9, macs=(22.6, 66.5))
+_strong('convformer_s18', 'conv', _S18, rates=(0.2, 0.0), params=26.8, macs=(3.9, 11.6),
+        top1=(83.0, 84.4, 83.7, 85.0))
+_strong('convformer_s36', 'conv', _S36L, rates=(0.3, 0.0), params=40.0, macs=(7.6, 22.4),
+        top1=(84.1, 85.4, 85.4, 86.4))
+_strong('convformer_m36', 'conv', _M36L, rates=(0.4, 0.0), params=57.1, macs=(12.8, 37.7),
+        top1=(84.5, 85.6, 86.1, 86.9))
+_strong('convformer_b36', 'conv', _B36L, rates=(0.6, 0.0), params=99.9, macs=(22.6, 66.5),
+        top1=(84.8, 85.7, 87.0, 87.6))
 
-_strong('caformer_s18', _CA, depths=(3, 3, 9, 3), dims=_S, drop_path=0.15, drop=0.0, top1=(83.6, 85.0, 84.1, 85.4), params=26.3, macs=(4.1, 13.4))
-_strong('caformer_s36', _CA, depths=(3, 12, 18, 3), dims=_S, drop_path=0.3, drop=0.4, top1=(84.5, 85.7, 85.8, 86.9), params=39.3, macs=(8.0, 26.0))
-_strong('caformer_m36', _CA, depths=(3, 12, 18, 3), dims=_M36, drop_path=0.4, drop=0.4, top1=(85.2, 86.2, 86.6, 87.5), params=56.2, macs=(13.2, 42.0))
-_strong('caformer_b36', _CA, depths=(3, 12, 18, 3), dims=_B, drop_path=0.6, drop=0.5, top1=(85.5, 86.4, 87.4, 88.1), params=98.8, macs=(23.2, 72.2))
+_strong('caformer_s18', _ATTENTION_LATE, _S18, rates=(0.15, 0.0), params=26.3, macs=(4.1, 13.4),
+        top1=(83.6, 85.0, 84.1, 85.4))
+_strong('caformer_s36', _ATTENTION_LATE, _S36L, rates=(0.3, 0.4), params=39.3, macs=(8.0, 26.0),
+        top1=(84.5, 85.7, 85.8, 86.9))
+_strong('caformer_m36', _ATTENTION_LATE, _M36L, rates=(0.4, 0.4), params=56.2, macs=(13.2, 42.0),
+        top1=(85.2, 86.2, 86.6, 87.5))
+_strong('caformer_b36', _ATTENTION_LATE, _B36L, rates=(0.6, 0.5), params=98.8, macs=(23.2, 72.2),
+        top1=(85.5, 86.4, 87.4, 88.1))

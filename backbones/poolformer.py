@@ -5,13 +5,14 @@ carry the same licence). Differs: maps are (B, H, W, C) inside and 1x1 convoluti
 have two dimensions; sizes that stride 4 does not divide are padded where the authors' stem drops border pixels; dense form
 has output norms for the levels in `out_indices` alone.
 """
+import itertools
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from .layers import NORMS, ConvDownsample, MetaFormerBlock, Mlp, build_mixer, drop_path_schedule
+from .layers import ConvDownsample, MetaFormerBlock, Mlp, build_mixer, drop_path_schedule, norm_factory
 from .registry import register, weights
 from .skeleton import Hierarchical, check_stages, per_stage, rename
 
@@ -40,7 +41,7 @@ class PoolFormer(Hierarchical):
         super().__init__()
         depths, dims = check_stages(depths, dims)
         mixers = per_stage('mixers', mixers)
-        make_norm = NORMS[norm]
+        make_norm = norm_factory(norm)
         stem = ConvDownsample(in_chans, dims[0], kernel=7, stride=4, padding=2, image=True)
         downsample = partial(ConvDownsample, kernel=3, stride=2, padding=1)
         stages = [
@@ -49,7 +50,7 @@ class PoolFormer(Hierarchical):
              for rate in rates]
             for dim, mixer, rates in zip(dims, mixers, drop_path_schedule(depths, drop_path_rate))]
         self.assemble(
-            dims=dims, downsamplings=[stem, *(downsample(a, b) for a, b in zip(dims, dims[1:]))], stages=stages,
+            dims=dims, downsamplings=[stem, *(downsample(a, b) for a, b in itertools.pairwise(dims))], stages=stages,
             output_norm=make_norm, norm=make_norm, head='linear', in_chans=in_chans, num_classes=num_classes,
             drop_rate=drop_rate, features_only=features_only, out_indices=out_indices)
         self.apply(self.init_weights)
@@ -74,7 +75,7 @@ _RENAMES = [
 ]
 
 _URL = 'https://github.com/sail-sg/poolformer/releases/download/v1.0/'
-_PAPER = dict(paper='https://arxiv.org/abs/2111.11418', origin='https://github.com/sail-sg/poolformer')
+_PAPER: dict[str, Any] = {'paper': 'https://arxiv.org/abs/2111.11418', 'origin': 'https://github.com/sail-sg/poolformer'}
 _S, _M = (64, 128, 320, 512), (96, 192, 384, 768)
 
 register('poolformer_s12', PoolFormer, depths=(2, 2, 6, 2), dims=_S, layer_scale=1e-5, drop_path=0.1, weights=[

@@ -6,17 +6,19 @@ has the same name, timm's stays timm's there.
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from difflib import get_close_matches
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from typing import Any
 
 import timm
+import torch
+from timm.layers import Format
 from timm.models import PretrainedCfg, is_model
 from torch import nn
 
 from . import timm_entries
 from .checkpoint import load_checkpoint, load_published
+from .layers.lookup import nearest
 from .skeleton import Hierarchical
 
 
@@ -62,7 +64,7 @@ def weights(tag: str, url: str | None, *, top1: float | None, params: float, mac
         url=url, tag=tag, input_size=(3, size, size), num_classes=num_classes, crop_pct=crop_pct,
         interpolation='bicubic', classifier=classifier, first_conv=first_conv, license=licence, origin_url=origin,
         paper_ids='arXiv:' + paper.rsplit('/', 1)[-1])
-    return Weights(cfg, dict(top1=top1, params=params, macs=macs, licence=licence, paper=paper, origin=origin, page=page))
+    return Weights(cfg, {'top1': top1, 'params': params, 'macs': macs, 'licence': licence, 'paper': paper, 'origin': origin, 'page': page})
 
 
 def register(name: str, cls: type[Hierarchical], *, weights: Sequence[Weights] = (), dense: Mapping[str, Any] | None = None,
@@ -86,7 +88,7 @@ def register(name: str, cls: type[Hierarchical], *, weights: Sequence[Weights] =
     for argument in {**arguments, **(dense or {})}:
         if argument not in accepted:
             raise TypeError(f'{cls.__name__} has no argument {argument!r}')
-    recipe = {key: rate for key, rate in dict(drop_path_rate=drop_path, drop_rate=drop).items() if rate is not None}
+    recipe = {key: rate for key, rate in {'drop_path_rate': drop_path, 'drop_rate': drop}.items() if rate is not None}
     _ENTRIES[name] = Entry(name, cls, arguments, dense or {}, {w.cfg.tag or '': w for w in weights}, recipe)
     if not is_model(name):
         timm_entries.add(name, [w.cfg for w in weights], build)
@@ -155,7 +157,7 @@ def build(name: str, *, pretrained: bool = False, pretrained_cfg: Any = None,
     accepted = inspect.signature(entry.cls).parameters
     for key in arguments:
         if key not in accepted:
-            raise TypeError(f'{name} has no argument {key}={overrides[key]!r}{_nearest(key, accepted)}; '
+            raise TypeError(f'{name} has no argument {key}={overrides[key]!r}{nearest(key, accepted)}; '
                             f'it takes {", ".join(accepted)}')
     model = entry.cls(**arguments)
     model.pretrained_cfg = model.default_cfg = cfg.to_dict()
@@ -180,16 +182,15 @@ def constructor_arguments(name: str) -> dict[str, inspect.Parameter]:
 
 def _entry(name: str) -> Entry:
     if name not in _ENTRIES:
-        raise ValueError(f'no model is called {name!r}{_nearest(name, [*_ENTRIES, *timm.list_models()])}; '
+        raise ValueError(f'no model is called {name!r}{nearest(name, [*_ENTRIES, *timm.list_models()])}; '
                          'list_models() names them all')
     return _ENTRIES[name]
 
 
 def _resolve_cfg(entry: Entry, wanted: Any, overlay: Mapping[str, Any]) -> tuple[PretrainedCfg, Mapping[str, Any]]:
-    from dataclasses import replace
     if isinstance(wanted, str) and wanted not in entry.weights:
         known = ', '.join(entry.weights) or 'none'
-        raise ValueError(f'{entry.name} has no weights called {wanted!r}{_nearest(wanted, entry.weights)}; it has {known}')
+        raise ValueError(f'{entry.name} has no weights called {wanted!r}{nearest(wanted, entry.weights)}; it has {known}')
     if isinstance(wanted, str) or wanted is None:
         chosen = entry.weights[wanted] if wanted else next(iter(entry.weights.values()), Weights(PretrainedCfg(), {}))
         cfg, metadata = chosen.cfg, chosen.metadata
@@ -207,7 +208,10 @@ def _from_timm(name: str, pretrained: bool, features_only: bool, out_indices: in
         kwargs['img_size'] = img_size
     if not features_only:
         return timm.create_model(name, pretrained, checkpoint_path=checkpoint_path, num_classes=num_classes, **kwargs)
-    levels = {info['reduction']: i for i, info in enumerate(_timm_on_meta(name).feature_info.info)}
+    pyramid = _timm_on_meta(name)
+    if getattr(pyramid, 'output_fmt', None) == Format.NHWC:
+        kwargs['feature_cls'] = 'getter'                # timm's own way to (B, C, H, W) maps
+    levels = {info['reduction']: i for i, info in enumerate(pyramid.feature_info.info)}
     chosen = [Hierarchical.strides[i] for i in ((range(4 - out_indices, 4)) if isinstance(out_indices, int) else out_indices)]
     if any(stride not in levels for stride in chosen):
         raise ValueError(f'{name} has maps with strides {", ".join(map(str, levels))}; '
@@ -216,15 +220,9 @@ def _from_timm(name: str, pretrained: bool, features_only: bool, out_indices: in
                              out_indices=[levels[stride] for stride in chosen], **kwargs)
 
 
-def _timm_on_meta(name: str) -> nn.Module:
-    import torch
+def _timm_on_meta(name: str) -> Any:
     with torch.device('meta'):
         return timm.create_model(name, features_only=True)
-
-
-def _nearest(name: str, known: Any) -> str:
-    close = get_close_matches(name, list(known), 1)
-    return f'; did you mean {close[0]}?' if close else ''
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:

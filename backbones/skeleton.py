@@ -6,6 +6,7 @@ to the family: anything that maps (B, H, W, C) to (B, H, W, C). Maps at stage bo
 whose (B, C, H, W) view has channels_last strides, so convolutions read them without a copy.
 """
 # B batch, C channels, H W size of the current stage, K classes
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -35,7 +36,7 @@ class Hierarchical(nn.Module):
     min_dynamic_size: ClassVar[int] = 33            # smallest height and width of an export with dynamic sizes
     new_in_dense: ClassVar[tuple[str, ...]] = ('output_norms.',)        # keys that classifier weights lack
     classifier_keys: ClassVar[tuple[str, ...]] = ('norm.', 'head.')     # keys that the dense form lacks
-    reduced: ClassVar[dict[str, Any]] = dict(depths=(1, 1, 2, 1), dims=(32, 64, 96, 128))     # a small copy, for dry runs
+    reduced: ClassVar[dict[str, Any]] = {'depths': (1, 1, 2, 1), 'dims': (32, 64, 96, 128)}     # a small copy, for dry runs
     norm_first = False                              # the classifier's norm acts on the map, before pooling
 
     default_cfg: dict[str, Any]
@@ -71,7 +72,7 @@ class Hierarchical(nn.Module):
         self.downsample_layers = nn.ModuleList(downsamplings[:kept])
         self.stages = nn.ModuleList(nn.ModuleList(blocks) for blocks in stages[:kept])
         self.feature_info = FeatureInfo(
-            [dict(num_chs=dims[s], reduction=self.strides[s], module=f'stages.{s}') for s in range(count)],
+            [{'num_chs': dims[s], 'reduction': self.strides[s], 'module': f'stages.{s}'} for s in range(count)],
             self.out_indices)
         if features_only:
             self.num_classes = 0
@@ -135,7 +136,7 @@ class Hierarchical(nn.Module):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt=}")
         self._check_image(x)
         wanted = normalise_indices(len(self.stages) if indices is None else indices, len(self.stages))
-        norms = self.output_norms if norm and hasattr(self, 'output_norms') else {}
+        norms: Any = self.output_norms if norm and hasattr(self, 'output_norms') else {}
         x = x.contiguous(memory_format=torch.channels_last)
         maps = []
         for s, (downsample, blocks) in enumerate(zip(self.downsample_layers, self.stages)):
@@ -194,7 +195,7 @@ class Hierarchical(nn.Module):
             blocks: Any = r'^(?:downsample_layers|stages)\.(\d+)'
         else:
             blocks = [(r'^downsample_layers\.(\d+)', (0,)), (r'^stages\.(\d+)\.(\d+)', None), (r'^norm\.', (99999,))]
-        return dict(stem=r'^downsample_layers\.0\.', blocks=blocks, head=r'^(?:head|norm|output_norms)\.')
+        return {'stem': r'^downsample_layers\.0\.', 'blocks': blocks, 'head': r'^(?:head|norm|output_norms)\.'}
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters with two or more dimensions that take no weight decay (those with one never should)."""
@@ -232,7 +233,7 @@ def normalise_indices(indices: int | Sequence[int], count: int) -> tuple[int, ..
         chosen: tuple[int, ...] = tuple(range(count - indices, count))
     else:
         chosen = tuple(i + count if i < 0 else i for i in indices)
-    if not chosen or min(chosen) < 0 or max(chosen) >= count or any(b <= a for a, b in zip(chosen, chosen[1:])):
+    if not chosen or min(chosen) < 0 or max(chosen) >= count or any(b <= a for a, b in itertools.pairwise(chosen)):
         raise ValueError(f'out_indices must be increasing stage numbers from 0 to {count - 1}, got {indices}')
     return chosen
 

@@ -15,6 +15,6 @@ def add(name: str, cfgs: Sequence[PretrainedCfg], build: Callable[..., nn.Module
         return build(name, pretrained=pretrained, **kwargs)
     entry.__name__ = entry.__qualname__ = name
     entry.__doc__ = f'densezoo.backbones.create_model({name!r})'
-    tagged = {f'{name}.{cfg.tag}': cfg for cfg in cfgs} or {name: PretrainedCfg()}
+    tagged: dict[str, Any] = {f'{name}.{cfg.tag}': cfg for cfg in cfgs} or {name: PretrainedCfg()}
     default_cfgs.update(generate_default_cfgs(tagged))
     register_model(entry)

@@ -3,9 +3,9 @@ from .block import MetaFormerBlock
 from .downsample import ConvDownsample
 from .mixers import MIXERS, Attention, IdentityMixer, PoolMixer, RandomMixer, SepConv, build_mixer, mixer
 from .mlp import ACTIVATIONS, Mlp, SquaredReLU, StarReLU
-from .norm import NORMS, JointNorm, LayerNorm
+from .norm import NORMS, JointNorm, LayerNorm, norm_factory
 from .scale import Scale, drop_path_schedule
 
 __all__ = ['ACTIVATIONS', 'MIXERS', 'NORMS', 'Attention', 'ConvDownsample', 'IdentityMixer', 'JointNorm', 'LayerNorm',
            'MetaFormerBlock', 'Mlp', 'PoolMixer', 'RandomMixer', 'Scale', 'SepConv', 'SquaredReLU', 'StarReLU',
-           'build_mixer', 'drop_path_schedule', 'mixer']
+           'build_mixer', 'drop_path_schedule', 'mixer', 'norm_factory']

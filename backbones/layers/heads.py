@@ -2,6 +2,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .lookup import choose
 from .mlp import SquaredReLU
 
 
@@ -50,6 +51,4 @@ def build_head(kind: str, dim: int, num_classes: int, drop_rate: float) -> Linea
     if num_classes == 0:
         return NoHead(dim)
     heads: dict[str, type[LinearHead] | type[MlpHead]] = {'linear': LinearHead, 'mlp': MlpHead}
-    if kind not in heads:
-        raise ValueError(f'head must be one of {", ".join(heads)}, got {kind!r}')
-    return heads[kind](dim, num_classes, drop_rate)
+    return choose('head', kind, heads)(dim, num_classes, drop_rate)

@@ -4,7 +4,6 @@ A mixer takes `dim` and keyword options; one whose parameters depend on the size
 """
 import inspect
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from ...kernels import pool_mixer
 from .grid import to_first
+from .lookup import choose, nearest
 from .mlp import ACTIVATIONS
 
 MIXERS: dict[str, Callable[..., nn.Module]] = {}
@@ -40,18 +40,16 @@ def build_mixer(spec: str | Mapping[str, Any], *, dim: int, grid: tuple[int, int
     """
     options = {} if isinstance(spec, str) else dict(spec)
     name = spec if isinstance(spec, str) else options.pop('name', None)
-    if name not in MIXERS:
-        close = get_close_matches(str(name), MIXERS, 1)
-        hint = f'; did you mean {close[0]!r}?' if close else ''
-        raise ValueError(f'mixer must be one of {", ".join(sorted(MIXERS))}, got {name!r}{hint}')
-    accepted = inspect.signature(MIXERS[name]).parameters
+    make = choose('mixer', name, MIXERS)
+    accepted = inspect.signature(make).parameters
     for option in options:
         if option not in accepted or option in ('dim', 'grid'):
             names = [key for key in accepted if key not in ('dim', 'grid')]
-            raise TypeError(f'mixer {name!r} has no option {option!r}; it has {", ".join(names) or "none"}')
+            raise TypeError(f'mixer {name!r} has no option {option!r}{nearest(option, names)}; '
+                            f'it has {", ".join(names) or "none"}')
     if 'grid' in accepted:
         options['grid'] = grid
-    return MIXERS[name](dim=dim, **options)
+    return make(dim=dim, **options)
 
 
 @mixer('identity')
@@ -106,7 +104,7 @@ class SepConv(nn.Module):
         super().__init__()
         wide = int(dim * expansion)
         self.pwconv1 = nn.Linear(dim, wide, bias=bias)
-        self.act1 = ACTIVATIONS[act]()
+        self.act1 = choose('act', act, ACTIVATIONS)()
         self.dwconv = nn.Conv2d(wide, wide, kernel, padding=kernel // 2, groups=wide, bias=bias)
         self.pwconv2 = nn.Linear(wide, dim, bias=bias)
 

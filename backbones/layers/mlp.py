@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .lookup import choose
+
 
 class StarReLU(nn.Module):
     """scale * relu(x)^2 + bias with one learnable scale and bias per module. MetaFormer Baselines, arXiv 2210.13452."""
@@ -39,7 +41,7 @@ class Mlp(nn.Module):
         super().__init__()
         hidden = int(dim * ratio)
         self.fc1 = nn.Linear(dim, hidden, bias=bias)
-        self.act = ACTIVATIONS[act]()
+        self.act = choose('act', act, ACTIVATIONS)()
         self.fc2 = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:

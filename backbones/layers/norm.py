@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .lookup import choose
+
 NormFactory = Callable[[int], nn.Module]
 
 
@@ -38,3 +40,12 @@ NORMS: dict[str, NormFactory] = {
     'joint': JointNorm,                                         # eps 1e-5
     'joint_no_bias': partial(JointNorm, eps=1e-6, bias=False),
 }
+
+
+def norm_factory(name: str) -> NormFactory:
+    """What makes the normalisation `name` for a number of channels.
+
+    Raises:
+        ValueError: no normalisation has this name.
+    """
+    return choose('norm', name, NORMS)

