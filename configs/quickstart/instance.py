@@ -10,10 +10,9 @@ with read_base():
 
 max_iters = 1200
 
-model.update(
-    neck=dict(type=FPN, out_channels=96),
-    head=dict(_delete_=True, type=MaskRCNN, num_classes=10),
-)
+# Item by item: `update` would merge into FCOS's arguments.
+model['neck'] = dict(type=FPN, out_channels=96)
+model['head'] = dict(type=MaskRCNN, num_classes=10)
 model['backbone'].update(out_indices=(0, 1, 2, 3))
 train_dataloader['dataset'].update(masks=True)
 val_dataloader['dataset'].update(masks=True)
