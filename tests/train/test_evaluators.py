@@ -223,7 +223,7 @@ def test_boundary_f_counts_pixels_within_the_tolerance():
     half[:, 30:] = False
     wider = np.zeros_like(truth)
     wider[20:40, 20:55] = True
-    assert boundary_f(truth, wider, half, 1) == 1.0
+    assert boundary_f(truth & half, wider, half, 1) == 1.0
 
 
 def test_segmentation_errors():
