@@ -1,0 +1,121 @@
+"""Lists the backbones: parameters, multiply-adds, published accuracy, and on request the measured throughput.
+
+    densezoo models                                   all of densezoo's own, as a table
+    densezoo models 'caformer*' --size 384            a shell pattern; multiply-adds at 384x384
+    densezoo models 'poolformer_s*' --throughput      images per second here, batch 8
+    densezoo models --format markdown                 or json
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from densezoo.backbones import create_model, list_models
+from densezoo.tools.common import report_errors
+
+COLUMNS = {'name': 'model', 'size': 'size', 'params': 'params (M)', 'macs': 'MACs (G)', 'top1': 'top-1 (%)',
+           'images_per_second': 'images/s', 'licence': 'licence'}
+
+
+def describe(name: str, *, size: int | None = None, dense: bool = False) -> dict[str, Any]:
+    """Figures of one model, computed without its weights on the meta device.
+
+    Args:
+        name: of `list_models()`.
+        size: height and width; the published input size if None. Models of one size keep theirs.
+        dense: figures of the dense form.
+
+    Returns:
+        name, size, params (1e6, frozen ones included), macs (1e9, of convolutions and matrix products, at `size`),
+        top1 (published, ImageNet-1k), licence.
+    """
+    with torch.device('meta'):
+        model = create_model(name, features_only=dense).eval()
+        side = size if size is not None and model.sizes.dynamic else model.default_cfg['input_size'][-1]
+        image = torch.empty(1, 3, side, side)
+    return {
+        'name': name, 'size': side, 'params': sum(p.numel() for p in model.parameters()) / 1e6,
+        'macs': count_macs(model, image) / 1e9, 'top1': model.metadata.get('top1'), 'licence': model.metadata.get('licence'),
+    }
+
+
+def count_macs(model: nn.Module, image: torch.Tensor) -> float:
+    """Multiply-adds of convolutions and matrix products for one forward pass."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(image)
+    return counter.get_total_flops() / 2
+
+
+def measure(name: str, *, size: int, dense: bool = False, batch: int = 8, repeats: int = 5, device: str = 'cpu') -> float:
+    """Images per second of the fastest of `repeats` forward passes: float32, evaluation mode, channels_last."""
+    model = create_model(name, features_only=dense).eval().to(device, memory_format=torch.channels_last)
+    images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    fastest = float('inf')
+    with torch.inference_mode():
+        for _ in range(repeats + 1):                    # the first one warms up
+            start = time.perf_counter()
+            model(images)
+            if device != 'cpu':
+                torch.cuda.synchronize()
+            fastest = min(fastest, time.perf_counter() - start)
+    return batch / fastest
+
+
+def as_text(rows: list[dict[str, Any]], markdown: bool = False) -> str:
+    """A table with one column per key that any row has a value for."""
+    keys = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
+    cells = [[COLUMNS[key] for key in keys]] + [[_cell(row.get(key)) for key in keys] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(keys))]
+    numeric = [all(not isinstance(row.get(key), str) for row in rows) for key in keys]
+    lines = [[text.rjust(width) if number else text.ljust(width) for text, width, number in zip(line, widths, numeric)]
+             for line in cells]
+    if not markdown:
+        return '\n'.join('  '.join(line).rstrip() for line in lines)
+    rule = ['-' * (width - 1) + ':' if number else '-' * width for width, number in zip(widths, numeric)]
+    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in [lines[0], rule, *lines[1:]])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ''
+    return f'{value:.1f}' if isinstance(value, float) else str(value)
+
+
+@report_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog='densezoo models', description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('filter', nargs='?', default='*', help="shell pattern of names; with a dot, of name.weights")
+    parser.add_argument('--format', choices=('table', 'json', 'markdown'), default='table')
+    parser.add_argument('--size', type=int, help='height and width; by default the published one')
+    parser.add_argument('--dense', action='store_true', help='the dense form: a pyramid, no classifier')
+    parser.add_argument('--throughput', action='store_true', help='measure images per second')
+    parser.add_argument('--batch', type=int, default=8, help='images at once for --throughput')
+    parser.add_argument('--device', default='cpu', help='device for --throughput')
+    arguments = parser.parse_args(argv)
+    names = list_models(arguments.filter)
+    if not names:
+        raise ValueError(f'no model matches {arguments.filter!r}; `densezoo models` lists them all')
+    rows = []
+    for name in names:
+        row = describe(name, size=arguments.size, dense=arguments.dense)
+        if arguments.throughput:
+            row['images_per_second'] = measure(name, size=row['size'], dense=arguments.dense, batch=arguments.batch,
+                                               device=arguments.device)
+        rows.append(row)
+    if arguments.format == 'json':
+        print(json.dumps(rows, indent=2))
+    else:
+        print(as_text(rows, markdown=arguments.format == 'markdown'))
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
