@@ -22,9 +22,10 @@ def build_on_meta(config: Config) -> torch.nn.Module:
 
 def test_there_are_configs_for_every_task():
     folders = {name.split('/')[0] for name in NAMES}
-    assert folders == {'quickstart', 'classification', 'detection', 'segmentation', 'restoration'}
-    quickstarts = {name.split('/')[1] for name in NAMES if name.startswith('quickstart/')}
-    assert quickstarts == {'classification', 'detection', 'instance', 'segmentation', 'restoration'}
+    assert folders == {'quickstart', 'custom', 'classification', 'detection', 'segmentation', 'restoration'}
+    for folder in ('quickstart', 'custom'):
+        tasks = {name.split('/')[1] for name in NAMES if name.startswith(f'{folder}/')}
+        assert tasks == {'classification', 'detection', 'instance', 'segmentation', 'restoration'}
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -50,7 +51,7 @@ def test_config_trains_and_validates(name):
     assert config.param_scheduler[-1]['end'] == end, 'the last schedule ends before or after the training'
 
 
-@pytest.mark.parametrize('name', [name for name in NAMES if not name.startswith('quickstart/')])
+@pytest.mark.parametrize('name', [name for name in NAMES if not name.startswith(('quickstart/', 'custom/'))])
 def test_recipe_states_its_figure(name):
     """The last comment of a recipe is the published figure, or says that there is none."""
     last = find_config(name).read_text().strip().splitlines()[-1]
