@@ -23,27 +23,10 @@ from torchvision.models.detection.roi_heads import (
     paste_masks_in_image,
 )
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
-from torchvision.ops import MultiScaleRoIAlign
 
 from . import detection as det
 from .pyramid import FeatureInfo, PyramidInfo, Size, check_sizes, positive
-
-
-class StrideLevels:
-    """FPN's rule (eq. 1): area a belongs to stride 2^floor(4 + log2(sqrt(a) / canonical)), or the next finer there is.
-
-    torchvision's LevelMapper, but for any strides.
-    """
-
-    def __init__(self, strides: Sequence[int], canonical_scale: float):
-        self.strides, self.canonical_scale = list(strides), canonical_scale
-
-    def __call__(self, boxes: list[Tensor]) -> Tensor:
-        merged = torch.cat(boxes)
-        sides = ((merged[:, 2:] - merged[:, :2]).prod(1)).clamp(min=1e-12).sqrt()
-        level = torch.floor(4 + torch.log2(sides / self.canonical_scale) + 1e-6)
-        borders = torch.log2(torch.tensor(self.strides[1:], device=merged.device, dtype=torch.float32))
-        return torch.bucketize(level, borders, right=True)
+from .roi_align import RoIAlign
 
 
 class MaskRCNN(nn.Module):
@@ -112,11 +95,11 @@ class MaskRCNN(nn.Module):
         classes = num_classes + 1
         mask_parts: list[nn.Module] = []
         if masks:
-            mask_parts = [_roi_align(roi_strides, positive('mask_pool', mask_pool), roi_scale),
-                          MaskRCNNHeads(width, [positive('mask_channels', mask_channels)] * mask_convs, 1),
+            cut = RoIAlign(strides=roi_strides, side=positive('mask_pool', mask_pool), canonical_scale=roi_scale)
+            mask_parts = [cut, MaskRCNNHeads(width, [positive('mask_channels', mask_channels)] * mask_convs, 1),
                           MaskRCNNPredictor(mask_channels if mask_convs else width, mask_channels, classes)]
         self.roi_heads = RoIHeads(
-            _roi_align(roi_strides, positive('box_pool', box_pool), roi_scale),
+            RoIAlign(strides=roi_strides, side=positive('box_pool', box_pool), canonical_scale=roi_scale),
             TwoMLPHead(width * box_pool ** 2, positive('box_channels', box_channels)),
             FastRCNNPredictor(box_channels, classes), roi_foreground_iou, roi_foreground_iou,
             positive('roi_batch', roi_batch), roi_positive, None, score_threshold, nms_threshold,
@@ -233,10 +216,3 @@ class Proposals(RegionProposalNetwork):
 def _pair(size: Sequence[int]) -> Size:
     return int(size[0]), int(size[1])
 
-
-def _roi_align(strides: Sequence[int], side: int, canonical_scale: float) -> MultiScaleRoIAlign:
-    pool = MultiScaleRoIAlign([str(i) for i in range(len(strides))], side, sampling_ratio=2)
-    # Stated, not guessed from the first batch as torchvision does.
-    pool.scales = [1 / stride for stride in strides]
-    pool.map_levels = StrideLevels(strides, canonical_scale)
-    return pool

@@ -1,4 +1,4 @@
-"""Without this a head might work for its quickstart alone: every head must take any pyramid from channels and strides, give
+"""Without this a head might work for its quickstart alone: each must take any pyramid by its channels and strides, give
 the same for a picture alone or in a batch, survive empty targets, export, and keep results inside each picture."""
 
 import pytest

@@ -1,5 +1,5 @@
-"""Without this the batched matching could silently differ from torchvision's, or a perfect network not be rewarded: matching
-is compared picture by picture, and outputs built from the targets must cost nothing and decode to the boxes."""
+"""Without this batched matching could silently differ from torchvision's, or a perfect network not be rewarded:
+matching is compared picture by picture; outputs built from the targets must cost nothing and decode to the boxes."""
 
 import probe
 import pytest
@@ -9,7 +9,7 @@ from torchvision.ops import box_iou, roi_align
 from torchvision.ops.poolers import LevelMapper
 
 from densezoo.heads import FCOS, MaskRCNN, PyramidInfo, RetinaNet, detection, fcos
-from densezoo.heads.maskrcnn import StrideLevels
+from densezoo.heads.roi_align import cut_by_kernel, cut_by_matrices, levels_of
 
 INFO = PyramidInfo([16, 16, 16], [8, 16, 32])
 SIZE = (96, 128)
@@ -135,6 +135,9 @@ def test_perfect_retinanet(options):
     head.forward = lambda features: (logits, offsets)
     assert all(value.item() < 1e-4 for value in head.loss(maps(), TARGETS).values())
     assert_decodes(head.predict(maps(), [SIZE] * 3))
+    assert (matched == detection.IGNORED).any()
+    logits[matched == detection.IGNORED] = 20.0
+    assert head.loss(maps(), TARGETS)['loss_cls'] < 1e-4
     logits.neg_()
     assert head.loss(maps(), TARGETS)['loss_cls'] > 10
     offsets.add_(1)
@@ -222,13 +225,55 @@ def test_perfect_mask_rcnn():
     assert ((found & masks).sum((1, 2)) / (found | masks).sum((1, 2)) > 0.9).all()
 
 
+def small_rcnn():
+    torch.manual_seed(0)
+    return MaskRCNN(feature_info=INFO, num_classes=5, mask_channels=8, mask_convs=1, box_channels=8)
+
+
+def test_proposals_for_training_stay_in_the_picture():
+    head, seen = small_rcnn(), []
+    pool = head.roi_heads.box_roi_pool.forward
+    head.roi_heads.box_roi_pool.forward = lambda x, boxes, shapes: (seen.extend(boxes), pool(x, boxes, shapes))[1]
+    target = {'boxes': torch.tensor([[2.0, 2, 30, 30]]), 'labels': torch.tensor([0]), 'masks': torch.ones(1, 40, 50)}
+    head.loss(maps(batch=2), [{**target, 'size': (40, 50)}, target])
+    assert seen[0][:, 0::2].max() <= 50 and seen[0][:, 1::2].max() <= 40
+    assert seen[1][:, 0::2].max() > 50 and seen[1][:, 1::2].max() > 40      # without `size` the whole batch is valid
+
+
+def test_no_proposal_at_all():
+    head = small_rcnn()
+    propose = head.rpn.propose
+    head.rpn.propose = lambda *args: ([torch.zeros(0, 4)], propose(*args)[1])
+    nothing = {'boxes': torch.zeros(0, 4), 'labels': torch.zeros(0).long(), 'masks': torch.zeros(0, *SIZE)}
+    losses = head.loss(maps(batch=1), [nothing])
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(value) for value in losses.values())
+    assert all(torch.isfinite(p.grad).all() for p in head.parameters())
+
+
 def test_levels_of_regions():
-    boxes = [random_boxes(300, 1) * 12, random_boxes(300, 2)]
-    ours, theirs = StrideLevels([4, 8, 16, 32], 224), LevelMapper(2, 5)
-    assert torch.equal(ours(boxes), theirs(boxes)) and len(ours(boxes).unique()) == 4
+    boxes = torch.cat([random_boxes(300, 1) * 12, random_boxes(300, 2)])
+    theirs = LevelMapper(2, 5)([boxes])
+    assert torch.equal(levels_of(boxes, [4, 8, 16, 32]), theirs) and len(theirs.unique()) == 4
     # Strides with a gap: the level in between goes to the finer one.
-    assert torch.equal(StrideLevels([4, 16, 32], 224)(boxes), torch.tensor([0, 0, 1, 2])[theirs(boxes)])
-    assert (StrideLevels([8], 224)(boxes) == 0).all()
+    assert torch.equal(levels_of(boxes, [4, 16, 32]), torch.tensor([0, 0, 1, 2])[theirs])
+    assert (levels_of(boxes, [8]) == 0).all()
+
+
+@pytest.mark.parametrize('side', [1, 7, 14])
+def test_both_ways_to_cut_regions_agree(side):
+    """Values and gradients, with regions that reach over the border, lie outside, or are smaller than a cell."""
+    torch.manual_seed(0)
+    boxes = torch.cat([random_boxes(20, 3) / 4, torch.tensor([[-9., -9, 4, 40], [20, 20, 50, 60], [40, 3, 44, 9],
+                                                              [3, 3, 3.2, 3.1], [0, 0, 16, 12]])])
+    picture = torch.tensor([0] * 9 + [2] * 16)
+    grads = []
+    for cut in (cut_by_kernel, cut_by_matrices):
+        x = torch.randn(3, 5, 12, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        out = cut(x, boxes, picture, side)
+        (out * torch.arange(out.numel()).view_as(out).cos()).sum().backward()
+        grads.append((out, x.grad))
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-5)
 
 
 def test_regions_are_cut_at_the_declared_scale():
@@ -241,6 +286,19 @@ def test_regions_are_cut_at_the_declared_scale():
     torch.testing.assert_close(pooled, expected)
 
 
+def test_regions_keep_their_order():
+    """Regions of several levels and pictures come back as they were given; none at all is fine."""
+    info = PyramidInfo([3, 3, 3], [4, 8, 16])
+    pool = MaskRCNN(feature_info=info, num_classes=2, box_pool=3).roi_heads.box_roi_pool
+    features = {str(i): x for i, x in enumerate(torch.rand(2, 3, 1024 // s, 1024 // s) for s in info.reduction())}
+    boxes = [random_boxes(20, 1) * 8, random_boxes(30, 2) * 3]
+    together = pool(features, boxes, [])
+    assert len(levels_of(torch.cat(boxes), info.reduction()).unique()) == 3
+    alone = [pool({k: v[i:i + 1] for k, v in features.items()}, [b[None]], []) for i in range(2) for b in boxes[i]]
+    torch.testing.assert_close(together, torch.cat(alone))
+    assert pool(features, [boxes[0][:0]] * 2, []).shape == (0, 3, 3, 3)
+
+
 def test_candidates_are_the_best_of_each_level():
     scores = torch.rand(30, 4, generator=torch.Generator().manual_seed(0))
     anchor, label, score = detection.select_candidates(scores, [20, 10], 0.2, 5)
@@ -248,3 +306,24 @@ def test_candidates_are_the_best_of_each_level():
     torch.testing.assert_close(score, scores[anchor, label])
     assert score[anchor >= 20].min() >= scores[20:].flatten().sort().values[-5]
     assert len(detection.select_candidates(scores, [20, 10], 1.0, 5)[0]) == 0
+
+
+@pytest.mark.parametrize('kind', [RetinaNet, FCOS])
+def test_anchors_on_the_padding_are_silent(kind):
+    """A confident large box from an anchor beyond the picture would be clipped to something that looks plausible."""
+    head = kind(feature_info=INFO, num_classes=5)
+    x = torch.cat([(level[:, 0] + level[:, 2]) / 2 for level in head.anchors.on(maps(batch=1))])
+    logits = torch.where(x[:, None] >= 64, 20.0, -20.0).expand(1, -1, 5)
+    rest = torch.full((1, len(x), 4), 2.0 if kind is FCOS else 0.0), torch.full((1, len(x), 1), 20.0)
+    head.forward = lambda features: (logits, *rest[: 2 if kind is FCOS else 1])
+    assert len(head.predict(maps(batch=1), [SIZE])[0]['boxes']) > 0
+    assert len(head.predict(maps(batch=1), [(96, 64)])[0]['boxes']) == 0
+
+
+def test_kept_anchors_are_ordinary_tensors():
+    anchors = RetinaNet(feature_info=INFO, num_classes=5).anchors
+    with torch.inference_mode():
+        first = anchors.on(maps())
+    assert not any(level.is_inference() for level in first)
+    assert all(a is b for a, b in zip(first, anchors.on(maps()), strict=True))
+    assert len(anchors.on(maps(size=(32, 32)))[0]) == 16 * 9
