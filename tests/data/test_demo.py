@@ -202,6 +202,20 @@ def test_boxes_masks_and_areas_agree(home, coco, part):
         assert (ids == painted).all()
 
 
+def test_masks_hold_the_pixels_that_are_more_ink_than_ground(monkeypatch):
+    monkeypatch.setattr(scenes, '_crop', lambda picture, size, rng: np.full((size, size, 3), 100, dtype=np.uint8))
+    compared = 0
+    for index in range(20):
+        scene = scenes.draw_scene(seed=(6, index), part='val')
+        added = scene.image[..., 1].astype(float) - 100
+        for digit in scene.digits:
+            share = added / added[digit.mask].max()
+            near = scenes._dilate(digit.mask, 1) & (np.abs(share - 0.5) > 0.02)  # pixels are rounded to 8 bits
+            assert (digit.mask[near] == (share[near] > 0.5)).all()
+            compared += near.sum()
+    assert compared > 10000
+
+
 def test_ink_contrasts_with_the_ground():
     contrasts = []
     for index in range(60):
