@@ -1,0 +1,38 @@
+"""Without this a head could be told strides or widths that the neck's maps do not have."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from densezoo.heads import FPN, PyramidInfo
+
+INFO = PyramidInfo([16, 16, 16], [8, 16, 32])
+
+
+def maps(size=(200, 264)):
+    torch.manual_seed(0)
+    return [torch.randn(2, 16, -(-size[0] // s), -(-size[1] // s)) for s in INFO.reduction()]
+
+
+@pytest.mark.parametrize('norm', ['none', 'group', 'batch'])
+@pytest.mark.parametrize(('extra', 'strides'), [('none', []), ('maxpool', [64]), ('p6p7', [64, 128])])
+def test_outgoing_maps_are_as_declared(extra, strides, norm):
+    neck = FPN(feature_info=INFO, out_channels=24, extra=extra, norm=norm)
+    info = neck.feature_info
+    assert info.reduction() == [8, 16, 32, *strides] and info.channels() == [24] * (3 + len(strides))
+    out = neck(maps())
+    info.check(out)
+    assert isinstance(out, list)
+    for x, stride in zip(out, info.reduction(), strict=True):
+        assert x.shape == (2, 24, -(-200 // stride), -(-264 // stride))
+    sum(x.square().mean() for x in out).backward()
+    assert all(p.grad is not None for p in neck.parameters())
+
+
+@pytest.mark.parametrize(('source', 'relu'), [('input', True), ('output', False)])
+def test_source_of_extra_levels_does_not_depend_on_widths(source, relu):
+    neck = FPN(feature_info=INFO, out_channels=16, extra='p6p7', extra_source=source, extra_relu=relu)
+    features = maps()
+    out = neck(features)
+    p6 = neck.extra_blocks.p6(features[-1] if source == 'input' else out[2])
+    torch.testing.assert_close(out[3], p6)
+    torch.testing.assert_close(out[4], neck.extra_blocks.p7(F.relu(p6) if relu else p6))
