@@ -23,8 +23,8 @@ _log = logging.getLogger('densezoo')
 _Model = TypeVar('_Model', bound=nn.Module)
 
 # last parts of keys whose values constructors compute: index tables, attention masks, counters
-_COMPUTED = re.compile(r'(relative_position_index|relative_coords_table|rel_pos_idx|biases_idx|attention_bias_idxs|bias_idxs|'
-                       r'position_index|attn_mask|num_batches_tracked|out_zero_mask|total_step)$')
+_COMPUTED = re.compile(r'(relative_position_index|relative_coords_table|rel_pos_idx|biases_idx|attention_bias_idxs|'
+                       r'bias_idxs|position_index|attn_mask|num_batches_tracked|out_zero_mask|total_step)$')
 # names under which training programs keep the model, averaged weights first
 _CONTAINERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
 
@@ -34,9 +34,9 @@ def load_checkpoint(model: _Model, path_or_state_dict: str | os.PathLike[str] | 
     """Loads weights into a backbone, in place.
 
     Accepts our own names and the authors'; a state dict, a file, or a training checkpoint that holds one (under
-    'state_dict' or 'model'; keys with the prefix 'backbone.' are taken from a whole detector or segmentor). A classifier
-    with another number of classes, or a first convolution with another number of channels, is handled as timm does for
-    pretrained weights: the classifier's last layer stays as it is, the convolution is adapted; one log line says so.
+    'state_dict' or 'model'; keys with the prefix 'backbone.' are taken from a whole detector or segmentor). Weights
+    for another number of classes or of image channels are handled as timm does for pretrained weights: the
+    classifier's last layer stays as it is, the first convolution is adapted; one log line says so.
     Weights of a classifier load into the dense form: what is left over and what is new there is named in one log line.
 
     Args:
@@ -49,7 +49,8 @@ def load_checkpoint(model: _Model, path_or_state_dict: str | os.PathLike[str] | 
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is not a checkpoint or holds a foreign class; keys are missing, left over, or of another shape.
+        ValueError: the file is not a checkpoint or holds a foreign class; keys are missing, left over, or of another
+            shape.
     """
     if isinstance(path_or_state_dict, Mapping):
         content, source = path_or_state_dict, 'the state dict'
@@ -106,11 +107,12 @@ def load_published(model: Hierarchical, cfg: PretrainedCfg, *, page: str | None 
             path = download_cached_file(cfg.url, cache_dir=cache_dir)       # type: ignore[arg-type]
         except (OSError, RuntimeError) as error:
             reason = ' '.join(str(error).split()) or type(error).__name__
-            raise OSError(f'cannot download the weights of {name} from {address} ({reason}); fetch {file} by other means '
-                          f"and pass checkpoint_path='/path/to/{file}'") from None
+            raise OSError(f'cannot download the weights of {name} from {address} ({reason}); fetch {file} by other '
+                          f"means and pass checkpoint_path='/path/to/{file}'") from None
         load_checkpoint(model, path)
     elif page:
-        raise ValueError(f'the weights of {name} have no direct address; download them from {page} and pass checkpoint_path=')
+        raise ValueError(f'the weights of {name} have no direct address; download them from {page} and pass '
+                         'checkpoint_path=')
     else:
         raise ValueError(f'{name} has no published weights; leave pretrained=False or pass checkpoint_path=')
 
@@ -133,7 +135,8 @@ def read(path: str | os.PathLike[str]) -> Any:
     except pickle.UnpicklingError as error:
         found = re.search(r'(?:GLOBAL|global|class) [`\'"]?([\w.]+)', str(error))
         what = f'holds the class {found[1]}' if found else 'is not a PyTorch checkpoint'
-        raise ValueError(f'{os.fspath(path)} {what}; only tensors, plain containers and argparse.Namespace are read') from None
+        raise ValueError(f'{os.fspath(path)} {what}; only tensors, plain containers and argparse.Namespace are '
+                         'read') from None
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = ' '.join(str(error).split())[:200]
         raise ValueError(f'{os.fspath(path)} is not a PyTorch checkpoint or is damaged ({reason})') from None
@@ -178,7 +181,8 @@ def _adapt(model: nn.Module, state: dict[str, Tensor], own: Mapping[str, Tensor]
     if weight in state and weight in own and state[weight].shape[0] != own[weight].shape[0] and (
             state[weight].shape[1:] == own[weight].shape[1:]):
         bias = f'{cfg.get("classifier")}.bias'
-        notes[weight] = f'{cfg["classifier"]} not loaded: {state[weight].shape[0]} classes instead of {own[weight].shape[0]}'
+        theirs, ours = state[weight].shape[0], own[weight].shape[0]
+        notes[weight] = f'{cfg["classifier"]} not loaded: {theirs} classes instead of {ours}'
         notes[bias] = ''
         del state[weight]
         state.pop(bias, None)

@@ -1,8 +1,8 @@
 """IdentityFormer, RandFormer, PoolFormerV2, ConvFormer, CAFormer: MetaFormer Baselines for Vision, arXiv 2210.13452.
 
-Written from the paper and the facts of the authors' code, https://github.com/sail-sg/metaformer (Apache-2.0; the weights
-carry the same licence). Key names are the authors'. Differs: sizes that stride 4 does not divide are padded where the
-authors' stem drops border pixels. The authors published no dense form: ours returns the stages' raw maps.
+Written from the paper and the facts of the authors' code, https://github.com/sail-sg/metaformer (Apache-2.0; the
+weights carry the same licence). Key names are the authors'. Differs: sizes that stride 4 does not divide are padded
+where the authors' stem drops border pixels. The authors published no dense form: ours returns the stages' raw maps.
 """
 import itertools
 from collections.abc import Mapping, Sequence
@@ -45,22 +45,23 @@ class MetaFormer(Hierarchical):
         depths, dims = check_stages(depths, dims)
         size = img_size if img_size is not None else 224
         height, width = (size, size) if isinstance(size, int) else tuple(size)
+        grids = [(ceil_div(height, stride), ceil_div(width, stride)) for stride in self.strides]
         plain = norm_factory('layer_no_bias')
         stem = ConvDownsample(in_chans, dims[0], kernel=7, stride=4, padding=2, post_norm=plain, image=True)
         downsamplings = [ConvDownsample(a, b, kernel=3, stride=2, padding=1, pre_norm=plain)
                          for a, b in itertools.pairwise(dims)]
         stages = [
             [MetaFormerBlock(dim=dim, norm=norm_factory(norm), drop_path=rate, layer_scale=layer, res_scale=res,
-                             mixer=build_mixer(mixer, dim=dim, grid=(ceil_div(height, stride), ceil_div(width, stride))),
+                             mixer=build_mixer(mixer, dim=dim, grid=grid),
                              mlp=Mlp(dim=dim, ratio=mlp_ratio, act=act, bias=False))
              for rate in rates]
-            for dim, mixer, stride, rates, layer, res in zip(
-                dims, per_stage('mixers', mixers), self.strides, drop_path_schedule(depths, drop_path_rate),
+            for dim, mixer, grid, rates, layer, res in zip(
+                dims, per_stage('mixers', mixers), grids, drop_path_schedule(depths, drop_path_rate),
                 per_stage('layer_scale', layer_scale), per_stage('res_scale', res_scale))]
         self.assemble(
-            dims=dims, downsamplings=[stem, *downsamplings], stages=stages, output_norm=None, norm=norm_factory('layer'),
-            head=head, in_chans=in_chans, num_classes=num_classes, drop_rate=drop_rate, features_only=features_only,
-            out_indices=out_indices)
+            dims=dims, downsamplings=[stem, *downsamplings], stages=stages, output_norm=None,
+            norm=norm_factory('layer'), head=head, in_chans=in_chans, num_classes=num_classes,
+            drop_rate=drop_rate, features_only=features_only, out_indices=out_indices)
         if any(isinstance(module, RandomMixer) for module in self.modules()):
             self.sizes = FixedSize((height, width), _RANDOM)
         self.apply(self.init_weights)
@@ -78,7 +79,9 @@ _PAPER: dict[str, Any] = {'paper': 'https://arxiv.org/abs/2210.13452', 'origin':
 _S12, _S24, _S36 = (((n, n, 3 * n, n), (64, 128, 320, 512)) for n in (2, 4, 6))
 _M36, _M48 = (((n, n, 3 * n, n), (96, 192, 384, 768)) for n in (6, 8))
 _S18 = (3, 3, 9, 3), (64, 128, 320, 512)
-_S36L, _M36L, _B36L = (((3, 12, 18, 3), dims) for dims in ((64, 128, 320, 512), (96, 192, 384, 576), (128, 256, 512, 768)))
+_S36L = (3, 12, 18, 3), (64, 128, 320, 512)
+_M36L = (3, 12, 18, 3), (96, 192, 384, 576)
+_B36L = (3, 12, 18, 3), (128, 256, 512, 768)
 
 _RANDOM_LATE = ('identity', 'identity', 'random', 'random')
 _ATTENTION_LATE = ('conv', 'conv', 'attention', 'attention')
@@ -106,12 +109,13 @@ def _strong(name: str, mixers: str | tuple[str, ...], size: _Size, *, rates: tup
     path = f'{_HUB}{name.split("_")[0]}/{name}'
     common: dict[str, Any] = {'params': params, 'crop_pct': 1.0, 'classifier': 'head.fc2', **_PAPER}
     small, large = {'macs': macs[0], **common}, {'macs': macs[1], 'size': 384, **common}
-    register(name, MetaFormer, depths=size[0], dims=size[1], mixers=mixers, head='mlp', drop_path=rates[0], drop=rates[1],
-             weights=[weights('sail_in1k', f'{path}.pth', top1=top1[0], **small),
-                      weights('sail_in1k_384', f'{path}_384.pth', top1=top1[1], **large),
-                      weights('sail_in22k_ft_in1k', f'{path}_in21ft1k.pth', top1=top1[2], **small),
-                      weights('sail_in22k_ft_in1k_384', f'{path}_384_in21ft1k.pth', top1=top1[3], **large),
-                      weights('sail_in22k', f'{path}_in21k.pth', top1=None, num_classes=21841, **small)])
+    register(name, MetaFormer, depths=size[0], dims=size[1], mixers=mixers, head='mlp', drop_path=rates[0],
+             drop=rates[1], weights=[
+                 weights('sail_in1k', f'{path}.pth', top1=top1[0], **small),
+                 weights('sail_in1k_384', f'{path}_384.pth', top1=top1[1], **large),
+                 weights('sail_in22k_ft_in1k', f'{path}_in21ft1k.pth', top1=top1[2], **small),
+                 weights('sail_in22k_ft_in1k_384', f'{path}_384_in21ft1k.pth', top1=top1[3], **large),
+                 weights('sail_in22k', f'{path}_in21k.pth', top1=None, num_classes=21841, **small)])
 
 
 _basic('identityformer_s12', 'identity', _S12, drop_path=0.1, top1=74.6, params=11.9, macs=1.8)

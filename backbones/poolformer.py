@@ -1,9 +1,9 @@
 """PoolFormer: MetaFormer Is Actually What You Need for Vision, arXiv 2111.11418.
 
-Written from the paper and the facts of the authors' code, https://github.com/sail-sg/poolformer (Apache-2.0; the weights
-carry the same licence). Differs: maps are (B, H, W, C) inside and 1x1 convolutions are linear layers, so the MLPs' weights
-have two dimensions; sizes that stride 4 does not divide are padded where the authors' stem drops border pixels; dense form
-has output norms for the levels in `out_indices` alone.
+Written from the paper and the facts of the authors' code, https://github.com/sail-sg/poolformer (Apache-2.0; the
+weights carry the same licence). Differs: maps are (B, H, W, C) inside and 1x1 convolutions are linear layers, so the
+MLPs' weights have two dimensions; sizes that stride 4 does not divide are padded where the authors' stem drops border
+pixels; dense form has output norms for the levels in `out_indices` alone.
 """
 import itertools
 from collections.abc import Mapping, Sequence

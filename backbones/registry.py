@@ -1,7 +1,7 @@
 """Names of backbones, their weights and the one door to them: `create_model`.
 
-A model file declares each published variant with `register`. Names that timm does not know become timm's too; where timm
-has the same name, timm's stays timm's there.
+A model file declares each published variant with `register`. Names that timm does not know become timm's too; where
+timm has the same name, timm's stays timm's there.
 """
 import inspect
 import re
@@ -19,7 +19,7 @@ from torch import nn
 from . import timm_entries
 from .checkpoint import load_checkpoint, load_published
 from .layers.lookup import nearest
-from .skeleton import Hierarchical
+from .skeleton import Hierarchical, normalise_indices
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,13 @@ def weights(tag: str, url: str | None, *, top1: float | None, params: float, mac
         url=url, tag=tag, input_size=(3, size, size), num_classes=num_classes, crop_pct=crop_pct,
         interpolation='bicubic', classifier=classifier, first_conv=first_conv, license=licence, origin_url=origin,
         paper_ids='arXiv:' + paper.rsplit('/', 1)[-1])
-    return Weights(cfg, {'top1': top1, 'params': params, 'macs': macs, 'licence': licence, 'paper': paper, 'origin': origin, 'page': page})
+    return Weights(cfg, {'top1': top1, 'params': params, 'macs': macs, 'licence': licence, 'paper': paper,
+                         'origin': origin, 'page': page})
 
 
-def register(name: str, cls: type[Hierarchical], *, weights: Sequence[Weights] = (), dense: Mapping[str, Any] | None = None,
-             drop_path: float | None = None, drop: float | None = None, **arguments: Any) -> None:
+def register(name: str, cls: type[Hierarchical], *, weights: Sequence[Weights] = (),
+             dense: Mapping[str, Any] | None = None, drop_path: float | None = None, drop: float | None = None,
+             **arguments: Any) -> None:
     """Declares a model.
 
     Args:
@@ -108,7 +110,8 @@ def list_models(filter: str = '*', pretrained: bool = False) -> list[str]:
 
 def create_model(name: str, pretrained: bool = False, features_only: bool = False,
                  out_indices: int | Sequence[int] = (0, 1, 2, 3), in_chans: int = 3, num_classes: int = 1000,
-                 img_size: int | tuple[int, int] | None = None, checkpoint_path: str = '', **overrides: Any) -> nn.Module:
+                 img_size: int | tuple[int, int] | None = None, checkpoint_path: str = '',
+                 **overrides: Any) -> nn.Module:
     """Builds a backbone: a classifier, or with `features_only` the same class in its dense form.
 
     Args:
@@ -140,7 +143,8 @@ def create_model(name: str, pretrained: bool = False, features_only: bool = Fals
 
 
 def build(name: str, *, pretrained: bool = False, pretrained_cfg: Any = None,
-          pretrained_cfg_overlay: Mapping[str, Any] | None = None, cache_dir: Any = None, **overrides: Any) -> nn.Module:
+          pretrained_cfg_overlay: Mapping[str, Any] | None = None, cache_dir: Any = None,
+          **overrides: Any) -> nn.Module:
     """What `create_model` and timm's door have in common.
 
     Args:
@@ -168,7 +172,7 @@ def build(name: str, *, pretrained: bool = False, pretrained_cfg: Any = None,
 
 
 def constructor_arguments(name: str) -> dict[str, inspect.Parameter]:
-    """What `create_model` accepts for this model, apart from its name: its own arguments and those of the model's class.
+    """What `create_model` accepts for this model besides its name: its own arguments and those of the model's class.
 
     Raises:
         ValueError: no such name.
@@ -190,7 +194,8 @@ def _entry(name: str) -> Entry:
 def _resolve_cfg(entry: Entry, wanted: Any, overlay: Mapping[str, Any]) -> tuple[PretrainedCfg, Mapping[str, Any]]:
     if isinstance(wanted, str) and wanted not in entry.weights:
         known = ', '.join(entry.weights) or 'none'
-        raise ValueError(f'{entry.name} has no weights called {wanted!r}{nearest(wanted, entry.weights)}; it has {known}')
+        raise ValueError(f'{entry.name} has no weights called {wanted!r}{nearest(wanted, entry.weights)}; '
+                         f'it has {known}')
     if isinstance(wanted, str) or wanted is None:
         chosen = entry.weights[wanted] if wanted else next(iter(entry.weights.values()), Weights(PretrainedCfg(), {}))
         cfg, metadata = chosen.cfg, chosen.metadata
@@ -212,7 +217,7 @@ def _from_timm(name: str, pretrained: bool, features_only: bool, out_indices: in
     if getattr(pyramid, 'output_fmt', None) == Format.NHWC:
         kwargs['feature_cls'] = 'getter'                # timm's own way to (B, C, H, W) maps
     levels = {info['reduction']: i for i, info in enumerate(pyramid.feature_info.info)}
-    chosen = [Hierarchical.strides[i] for i in ((range(4 - out_indices, 4)) if isinstance(out_indices, int) else out_indices)]
+    chosen = [Hierarchical.strides[i] for i in normalise_indices(out_indices, 4)]
     if any(stride not in levels for stride in chosen):
         raise ValueError(f'{name} has maps with strides {", ".join(map(str, levels))}; '
                          f'{out_indices=} asks for {", ".join(map(str, chosen))}')

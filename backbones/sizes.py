@@ -11,7 +11,8 @@ class AnySize:
     def check(self, height: int, width: int) -> None:
         """Raises ValueError for an image this backbone cannot take."""
         if height < self.minimum or width < self.minimum:
-            raise ValueError(f'images must be at least {self.minimum} pixels high and wide, got size=({height}, {width})')
+            raise ValueError(f'images must be at least {self.minimum} pixels high and wide, '
+                             f'got size=({height}, {width})')
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """The hierarchical skeleton: everything that families of backbones share at the level of stages.
 
 A family builds its downsampling layers, blocks, norms and head, hands them to `assemble`, and inherits the feature
-pyramid, the classifier, any-size padding, activation checkpointing, parameter groups and timm's interface. Blocks belong
-to the family: anything that maps (B, H, W, C) to (B, H, W, C). Maps at stage borders are contiguous (B, H, W, C) tensors,
-whose (B, C, H, W) view has channels_last strides, so convolutions read them without a copy.
+pyramid, the classifier, any-size padding, activation checkpointing, parameter groups and timm's interface. Blocks
+belong to the family: anything that maps (B, H, W, C) to (B, H, W, C). Maps at stage borders are contiguous (B, H, W,
+C) tensors, whose (B, C, H, W) view has channels_last strides, so convolutions read them without a copy.
 """
 # B batch, C channels, H W size of the current stage, K classes
 import itertools
@@ -36,7 +36,8 @@ class Hierarchical(nn.Module):
     min_dynamic_size: ClassVar[int] = 33            # smallest height and width of an export with dynamic sizes
     new_in_dense: ClassVar[tuple[str, ...]] = ('output_norms.',)        # keys that classifier weights lack
     classifier_keys: ClassVar[tuple[str, ...]] = ('norm.', 'head.')     # keys that the dense form lacks
-    reduced: ClassVar[dict[str, Any]] = {'depths': (1, 1, 2, 1), 'dims': (32, 64, 96, 128)}     # a small copy, for dry runs
+    # arguments of a small copy, for tests and dry runs
+    reduced: ClassVar[dict[str, Any]] = {'depths': (1, 1, 2, 1), 'dims': (32, 64, 96, 128)}
     norm_first = False                              # the classifier's norm acts on the map, before pooling
 
     default_cfg: dict[str, Any]
@@ -76,7 +77,8 @@ class Hierarchical(nn.Module):
             self.out_indices)
         if features_only:
             self.num_classes = 0
-            self.absent_keys = tuple(f'{part}.{s}.' for s in range(kept, count) for part in ('downsample_layers', 'stages'))
+            self.absent_keys = tuple(f'{part}.{s}.' for s in range(kept, count)
+                                     for part in ('downsample_layers', 'stages'))
             if output_norm is not None:
                 self.output_norms = nn.ModuleDict({str(s): output_norm(dims[s]) for s in self.out_indices})
                 self.absent_keys += tuple(f'output_norms.{s}.' for s in range(count) if s not in self.out_indices)
@@ -190,7 +192,7 @@ class Hierarchical(nn.Module):
         self.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that order the parameters by depth, for layer-wise learning rates: one group per block, or per stage."""
+        """Patterns that order the parameters by depth, for layer-wise learning rates: by block or by stage."""
         if coarse:
             blocks: Any = r'^(?:downsample_layers|stages)\.(\d+)'
         else:
@@ -238,7 +240,8 @@ def normalise_indices(indices: int | Sequence[int], count: int) -> tuple[int, ..
     return chosen
 
 
-def check_stages(depths: Sequence[int], dims: Sequence[int], stages: int = 4) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def check_stages(depths: Sequence[int], dims: Sequence[int],
+                 stages: int = 4) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """`depths` and `dims` as tuples of positive numbers, one per stage.
 
     Raises:

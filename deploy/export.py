@@ -19,7 +19,7 @@ def export_program(model: nn.Module, example: Tensor | Sequence[Tensor], *, dyna
     Args:
         model: takes float images (B, C, H, W), first argument, and returns tensors or lists of them. It is exported in
             evaluation mode and left as it was.
-        example: one input, or the sequence of all inputs; the first must be images, the others must have the same batch.
+        example: one input, or the sequence of all inputs; the first must be images, the others have the same batch.
         dynamic_batch: the program takes every batch size; otherwise that of the example alone.
         dynamic_size: the program takes every image size from the model's `min_dynamic_size` on; otherwise that of the
             example alone.
@@ -35,7 +35,7 @@ def export_program(model: nn.Module, example: Tensor | Sequence[Tensor], *, dyna
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
     if not inputs or inputs[0].ndim != 4:
         raise ValueError(f'the first example must be images (B, C, H, W), got {[tuple(t.shape) for t in inputs]}')
-    smallest: int = min_size or getattr(model, 'min_dynamic_size', 32)
+    smallest = int(min_size or getattr(model, 'min_dynamic_size', 32))
     if dynamic_size:
         _check_dynamic(model, inputs[0], smallest)
     if dynamic_batch and inputs[0].shape[0] == 1:       # a batch of one would be taken for a constant

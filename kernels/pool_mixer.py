@@ -1,7 +1,7 @@
 """PoolFormer's token mixer: out[b, i, j, c] = mean(x[b, u, v, c] for (u, v) in window(i, j)) - x[b, i, j, c].
 
-window(i, j) holds the positions |u - i| <= r, |v - j| <= r, r = pool_size // 2, that lie inside the map: at the border the
-mean is over fewer positions, never over zeros. Layout (B, H, W, C); any H, W >= 1, smaller than the window too.
+window(i, j) holds the positions |u - i| <= r, |v - j| <= r, r = pool_size // 2, that lie inside the map: at the border
+the mean is over fewer positions, never over zeros. Layout (B, H, W, C); any H, W >= 1, smaller than the window too.
 Source: MetaFormer Is Actually What You Need for Vision, arXiv 2111.11418, equation 4.
 """
 import torch.nn.functional as F
@@ -34,13 +34,14 @@ def pool_mixer(x: Tensor, pool_size: int = 3, *, norm: JointNorm | None = None, 
     if pool_size < 1 or pool_size % 2 == 0:
         raise ValueError(f'pool_size must be a positive odd number, got {pool_size=}')
     if norm is not None and tuple(norm[0].shape) != (x.shape[-1],):
-        raise ValueError(f'the weight of norm must be ({x.shape[-1]},), one value per channel, got {tuple(norm[0].shape)}')
+        raise ValueError(f'the weight of norm must be ({x.shape[-1]},), one value per channel, '
+                         f'got {tuple(norm[0].shape)}')
     select('pool_mixer', backend, {'triton': can_run_triton(x), 'torch': None})
     return pool_mixer_reference(x, pool_size, norm=norm)
 
 
 def pool_mixer_reference(x: Tensor, pool_size: int = 3, *, norm: JointNorm | None = None) -> Tensor:
-    """The definition, in plain PyTorch. The (B, C, H, W) view has channels_last strides, on which pooling is fastest."""
+    """The definition in plain PyTorch. The (B, C, H, W) view has channels_last strides, on which pooling is fastest."""
     maps = x.permute(0, 3, 1, 2)
     if norm is not None:
         weight, bias, eps = norm

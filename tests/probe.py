@@ -1,7 +1,8 @@
 """Deterministic weights, inputs and fingerprints shared with the recorded reference outputs in tests/goldens/.
 
-Every recorded value was computed with the weights `values(key, shape)`, which depend on the authors' key and on the shape
-alone, and with the inputs `image(seed, shape)`. So any implementation that can read the authors' keys has the same weights.
+Every recorded value was computed with the weights `values(key, shape)`, which depend on the authors' key and on the
+shape alone, and with the inputs `image(seed, shape)`. So any implementation that can read the authors' keys has the
+same weights.
 """
 import json
 import re
@@ -16,8 +17,8 @@ import torch
 GOLDENS = Path(__file__).parent / 'goldens'
 
 # entries that constructors compute: index tables, masks, counters
-COMPUTED = re.compile(r'.*(position_index|relative_coords|rel_pos_idx|biases_idx|bias_idxs|attn_mask|num_batches_tracked|'
-                      r'out_zero_mask)|warm|iter|total_step')
+COMPUTED = re.compile(r'.*(position_index|relative_coords|rel_pos_idx|biases_idx|bias_idxs|attn_mask|'
+                      r'num_batches_tracked|out_zero_mask)|warm|iter|total_step')
 
 
 def load(name: str) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def image(seed: int, shape: Sequence[int]) -> torch.Tensor:
 
 
 def golden_state(golden: dict[str, Any], case: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:
-    """The state dict of a reference, or of one of its cases, under the authors' keys and with its stated adjustments."""
+    """The state dict of a reference, or of one of its cases, under the authors' keys, with its stated adjustments."""
     config = {**(golden.get('config') or {}), **((case or {}).get('config') or {})}
     state = {}
     for key, shape in ((case or {}).get('state_dict') or golden['state_dict']).items():
@@ -75,5 +76,6 @@ def compare(ours: torch.Tensor, stored: dict[str, Any], noise: float = 0.0, rela
     allowed = max(relative * stored['absmax'], 20 * noise)
     difference = (sampled - torch.tensor(stored['values'], dtype=torch.float64)).abs().max().item()
     assert difference <= allowed, f'differs by {difference:.3g}, allowed {allowed:.3g}'
-    for name, value in (('mean', flat.mean()), ('std', flat.std() if len(flat) > 1 else flat.new_zeros(())), ('absmax', flat.abs().max())):
+    std = flat.std() if len(flat) > 1 else flat.new_zeros(())
+    for name, value in (('mean', flat.mean()), ('std', std), ('absmax', flat.abs().max())):
         assert abs(value.item() - stored[name]) <= allowed, f'{name} {value.item():.6g}, recorded {stored[name]:.6g}'

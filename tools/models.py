@@ -37,12 +37,13 @@ def describe(name: str, *, size: int | None = None, dense: bool = False) -> dict
         top1 (published, ImageNet-1k), licence.
     """
     with torch.device('meta'):
-        model = create_model(name, features_only=dense).eval()
+        model: Any = create_model(name, features_only=dense).eval()
         side = size if size is not None and model.sizes.dynamic else model.default_cfg['input_size'][-1]
         image = torch.empty(1, 3, side, side)
     return {
         'name': name, 'size': side, 'params': sum(p.numel() for p in model.parameters()) / 1e6,
-        'macs': count_macs(model, image) / 1e9, 'top1': model.metadata.get('top1'), 'licence': model.metadata.get('licence'),
+        'macs': count_macs(model, image) / 1e9, 'top1': model.metadata.get('top1'),
+        'licence': model.metadata.get('licence'),
     }
 
 
@@ -53,9 +54,10 @@ def count_macs(model: nn.Module, image: torch.Tensor) -> float:
     return counter.get_total_flops() / 2
 
 
-def measure(name: str, *, size: int, dense: bool = False, batch: int = 8, repeats: int = 5, device: str = 'cpu') -> float:
+def measure(name: str, *, size: int, dense: bool = False, batch: int = 8, repeats: int = 5,
+            device: str = 'cpu') -> float:
     """Images per second of the fastest of `repeats` forward passes: float32, evaluation mode, channels_last."""
-    model = create_model(name, features_only=dense).eval().to(device, memory_format=torch.channels_last)
+    model = create_model(name, features_only=dense).eval().to(device).to(memory_format=torch.channels_last)
     images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     fastest = float('inf')
     with torch.inference_mode():

@@ -15,8 +15,8 @@ class ConvDownsample(nn.Module):
         image: the input is (B, C, H, W), an image, instead of (B, H, W, C), a map.
     """
 
-    def __init__(self, in_dim: int, dim: int, *, kernel: int, stride: int, padding: int, pre_norm: NormFactory | None = None,
-                 post_norm: NormFactory | None = None, image: bool = False):
+    def __init__(self, in_dim: int, dim: int, *, kernel: int, stride: int, padding: int,
+                 pre_norm: NormFactory | None = None, post_norm: NormFactory | None = None, image: bool = False):
         super().__init__()
         self.image, self.stride = image, stride
         self.drops_border = kernel > 2 * padding + 1

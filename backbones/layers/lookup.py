@@ -1,5 +1,4 @@
 """Names that callers pass: finding what they mean, or saying what they could have meant."""
-import os
 from collections.abc import Iterable, Mapping
 from difflib import SequenceMatcher
 from typing import TypeVar
@@ -8,11 +7,16 @@ _T = TypeVar('_T')
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """'; did you mean ...?' with the most similar known name, preferring a longer common beginning; '' if none is near."""
-    lower = name.lower()
-    best = max(((SequenceMatcher(None, lower, other.lower()).ratio(), len(os.path.commonprefix([lower, other.lower()])), other)
-                for other in known), key=lambda found: found[:2], default=(0.0, 0, ''))
-    return f'; did you mean {best[2]}?' if best[0] >= 0.6 else ''
+    """'; did you mean ...?' with the most similar known name, or '' if none is near."""
+    wanted = name.lower()
+
+    def likeness(other: str) -> tuple[float, int]:
+        other = other.lower()
+        beginning = next((i for i, (a, b) in enumerate(zip(wanted, other)) if a != b), min(len(wanted), len(other)))
+        return SequenceMatcher(None, wanted, other).ratio(), beginning
+
+    best = max(known, key=likeness, default='')
+    return f'; did you mean {best}?' if best and likeness(best)[0] >= 0.6 else ''
 
 
 def choose(kind: str, name: str, table: Mapping[str, _T]) -> _T:

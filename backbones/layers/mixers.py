@@ -80,7 +80,7 @@ class PoolMixer(nn.Module):
 
 @mixer('random')
 class RandomMixer(nn.Module):
-    """out[m] = sum over n of R[m, n] * x[n] with a random row-stochastic R that is never trained. RandFormer, arXiv 2210.13452."""
+    """out[m] = sum over n of R[m, n] * x[n], R random, row-stochastic, never trained. RandFormer, arXiv 2210.13452."""
 
     def __init__(self, *, dim: int, grid: tuple[int, int] | None):
         super().__init__()
@@ -100,7 +100,8 @@ class RandomMixer(nn.Module):
 class SepConv(nn.Module):
     """Inverted separable convolution: widen, activate, depthwise convolution, narrow. ConvFormer, arXiv 2210.13452."""
 
-    def __init__(self, *, dim: int, expansion: float = 2.0, kernel: int = 7, act: str = 'star_relu', bias: bool = False):
+    def __init__(self, *, dim: int, expansion: float = 2.0, kernel: int = 7, act: str = 'star_relu',
+                 bias: bool = False):
         super().__init__()
         wide = int(dim * expansion)
         self.pwconv1 = nn.Linear(dim, wide, bias=bias)

@@ -3,6 +3,7 @@ import argparse
 import logging
 import os
 import pickle
+import re
 
 import pytest
 import torch
@@ -23,9 +24,10 @@ def authors_names(state):
     for key, value in state.items():
         parts = key.split('.')
         if key.startswith('downsample_layers.'):
-            key = f'patch_embed.proj.{parts[-1]}' if parts[1] == '0' else f'network.{2 * int(parts[1]) - 1}.proj.{parts[-1]}'
+            place = 'patch_embed' if parts[1] == '0' else f'network.{2 * int(parts[1]) - 1}'
+            key = f'{place}.proj.{parts[-1]}'
         elif key.startswith('stages.'):
-            rest = '.'.join(parts[3:]).replace('layer_scale1.scale', 'layer_scale_1').replace('layer_scale2.scale', 'layer_scale_2')
+            rest = re.sub(r'layer_scale(\d)\.scale', r'layer_scale_\1', '.'.join(parts[3:]))
             key = f'network.{2 * int(parts[1])}.{parts[2]}.{rest}'
             value = value[..., None, None] if value.ndim == 2 else value
         elif key.startswith('output_norms.'):
@@ -49,7 +51,7 @@ def test_authors_names_and_ours(features_only):
 @pytest.mark.parametrize('wrap', [
     lambda s: {'state_dict': s, 'epoch': 1}, lambda s: {'model': s, 'args': argparse.Namespace(lr=0.1)},
     lambda s: {f'module.{k}': v for k, v in s.items()}, lambda s: {'model': {}, 'state_dict_ema': s},
-    lambda s: {'state_dict': {**{f'backbone.{k}': v for k, v in s.items()}, 'head.weight': torch.ones(3)}, 'meta': {'n': 1}}],
+    lambda s: {'state_dict': {**{f'backbone.{k}': v for k, v in s.items()}, 'head.weight': torch.ones(3)}, 'meta': {}}],
     ids=['state_dict', 'namespace', 'parallel', 'averaged', 'detector'])
 def test_containers(wrap, tmp_path):
     model, state = model_and_state()
@@ -121,9 +123,11 @@ def test_strict_names_the_keys(caplog):
     wrong['stages.9.0.extra'] = torch.ones(1)
     wrong['stages.0.0.mlp.fc1.bias'] = torch.ones(3)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r'does not fit poolformer_s12: missing: stages\.1\.0\.norm1\.weight; unexpected: '
-                                         r'stages\.9\.0\.extra; of another shape: stages\.0\.0\.mlp\.fc1\.bias \(3,\) instead of \(64,\)'):
+    with pytest.raises(ValueError) as caught:
         load_checkpoint(model, wrong)
+    assert str(caught.value) == (
+        'the state dict does not fit poolformer_s12: missing: stages.1.0.norm1.weight; unexpected: stages.9.0.extra; '
+        'of another shape: stages.0.0.mlp.fc1.bias (3,) instead of (64,)')
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())     # nothing half loaded
     load_checkpoint(model, wrong, strict=False)
     assert torch.equal(model.state_dict()['stages.2.0.mlp.fc1.weight'], state['stages.2.0.mlp.fc1.weight'])
@@ -139,7 +143,7 @@ def test_dense_form_forgives_only_what_it_lacks(caplog):
     assert 'head.weight' in caplog.text and 'stages.3.*' in caplog.text and 'output_norms.1.weight' in caplog.text
     del state['stages.0.0.norm1.weight']
     state['heads.weight'] = torch.ones(2)
-    with pytest.raises(ValueError, match=r'\(dense form\): missing: stages\.0\.0\.norm1\.weight; unexpected: heads\.weight'):
+    with pytest.raises(ValueError, match=r'dense form\): missing: stages\.0\.0\.norm1\.weight; .*: heads\.weight'):
         load_checkpoint(model, state)
 
 

@@ -1,7 +1,7 @@
 """What every registered backbone must do, written once: a model is tested by being registered.
 
-Classes declare what differs (`sizes`, `min_dynamic_size`, `new_in_dense`, `reduced`); there are no lists of exceptions here.
-By default one reduced representative of each family runs; `-m slow` runs every name.
+Classes declare what differs (`sizes`, `min_dynamic_size`, `new_in_dense`, `reduced`); there are no lists of exceptions
+here. By default one reduced representative of each family runs; `-m slow` runs every name.
 """
 import copy
 import inspect
@@ -76,8 +76,9 @@ def test_pyramid_at_any_size(name):
     for height, width in sizes_of(model, (32, 32), (33, 65), (200, 264)):
         maps = model(images(model, 1, (height, width)))
         assert model.feature_info.reduction() == list(STRIDES)
+        channels = model.feature_info.channels()
         assert [tuple(m.shape) for m in maps] == [
-            (1, c, -(-height // s), -(-width // s)) for c, s in zip(model.feature_info.channels(), STRIDES, strict=True)]
+            (1, c, -(-height // s), -(-width // s)) for c, s in zip(channels, STRIDES, strict=True)]
         assert all(m.isfinite().all() for m in maps)
 
 
@@ -151,7 +152,8 @@ def test_classifier_weights_load_into_the_dense_form(name, caplog):
     assert shared and all(torch.equal(dense.state_dict()[key], theirs[key]) for key in shared)
     assert all(key.startswith(dense.new_in_dense) for key in dense.state_dict() if key not in theirs)
     x = images(dense)
-    close(dense.forward_intermediates(x, intermediates_only=True), classifier.forward_intermediates(x, intermediates_only=True))
+    raw = [model.forward_intermediates(x, intermediates_only=True) for model in (dense, classifier)]
+    close(*raw)
     with pytest.raises(ValueError, match='missing'):
         load_checkpoint(classifier, dense.state_dict())
 
@@ -235,7 +237,7 @@ def test_state_dict_round_trip(name, tmp_path):
     model = small(name)
     torch.save(model.state_dict(), tmp_path / 'model.pth')
     torch.manual_seed(9)
-    again = create_model(name, checkpoint_path=str(tmp_path / 'model.pth'), **{**model.reduced, 'num_classes': 7}).eval()
+    again = create_model(name, checkpoint_path=str(tmp_path / 'model.pth'), num_classes=7, **model.reduced).eval()
     x = images(model)
     assert torch.equal(again(x), model(x))
     assert torch.equal(copy.deepcopy(model)(x), model(x))
@@ -293,7 +295,8 @@ def test_metadata_and_parameters(name):
     assert model.get_submodule(cfg['classifier']) is model.get_classifier()
     assert published['licence'] and published['paper'].startswith('https://arxiv.org/')
     assert cfg.get('url') or published['page']
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(published['params'], abs=0.1)      # published to one place
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    assert millions == pytest.approx(published['params'], abs=0.1)              # published to one place
     assert all(p.is_meta for p in model.parameters())
 
 
@@ -303,7 +306,8 @@ def test_signature_is_closed(name):
         cls = type(create_model(name))
     for parameter in inspect.signature(cls).parameters.values():
         assert parameter.kind is inspect.Parameter.KEYWORD_ONLY, f'{cls.__name__}({parameter}) must be keyword-only'
-    assert {'features_only', 'out_indices', 'drop_path_rate', 'pretrained', *cls.reduced} <= constructor_arguments(name).keys()
+    accepted = constructor_arguments(name).keys()
+    assert {'features_only', 'out_indices', 'drop_path_rate', 'pretrained', *cls.reduced} <= accepted
     with pytest.raises(TypeError, match=r'drop_path_rat.*did you mean drop_path_rate'):
         create_model(name, drop_path_rat=0.1)
 

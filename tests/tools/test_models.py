@@ -31,7 +31,8 @@ def test_size_and_weights(capsys):
 def test_table_and_markdown(capsys):
     assert models.main(['poolformer_s*']) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[:2] == ['model', 'size'] and [line.split()[0] for line in lines[1:]] == list_models('poolformer_s*')
+    assert lines[0].split()[:2] == ['model', 'size']
+    assert [line.split()[0] for line in lines[1:]] == list_models('poolformer_s*')
     models.main(['poolformer_s12', '--format', 'markdown', '--dense'])
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == 3 and all(row.startswith('| ') and row.count('|') == rows[0].count('|') for row in rows)
