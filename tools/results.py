@@ -1,0 +1,140 @@
+"""Write docs/results.md, docs/models.md, their pictures and the README's table from finished runs.
+
+for task in classification detection instance segmentation restoration; do
+    python tools/train.py quickstart/$task --work-dir runs/$task
+done
+for what in backbones loop pipeline peers; do python tools/benchmark.py $what --json > runs/benchmark_$what.json; done
+python tools/results.py runs
+
+Runs and benchmarks that are not there are left out of the page.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import torch
+
+from densezoo.tools import models
+from densezoo.tools.benchmark import table
+from densezoo.tools.common import report_errors
+from densezoo.train.visualize import as_pixels, grid
+
+ROOT = Path(__file__).resolve().parent.parent
+# task: what it learns, the data, the metric of the README's table and its name there
+TASKS = {
+    'classification': ('scanned digits, 32x32', 'accuracy/top1', 'top-1'),
+    'detection': ('digits on photographs, 96x96', 'coco/bbox_mAP_50', 'box AP50'),
+    'instance': ('digits on photographs, 96x96', 'coco/segm_mAP_50', 'mask AP50'),
+    'segmentation': ('digits on photographs, 96x96', 'mIoU', 'mIoU'),
+    'restoration': ('textured photographs, noise sigma 25', 'psnr_over_blur', 'dB above the best blur'),
+}
+MARKS = ('<!-- quickstarts:begin -->', '<!-- quickstarts:end -->')
+BENCHMARKS = {
+    'backbones': 'Forward passes against timm',
+    'loop': 'The training loop against a bare PyTorch loop',
+    'pipeline': "Detection data against torchvision's reference pipeline",
+    'peers': "The quickstarts' heads on torchvision's smallest backbone, same recipe",
+}
+
+
+def quickstart_rows(runs: Path) -> list[str]:
+    """Lines of the README's table."""
+    lines = ['| command | data | metric | value | time on two CPU cores |', '|---|---|---|---:|---:|']
+    for task, (data, metric, title) in TASKS.items():
+        path = runs / task / 'metrics.json'
+        if path.is_file():
+            metrics = json.loads(path.read_text())
+            value = metrics[metric]
+            text = f'{100 * value:.1f}' if metric == 'accuracy/top1' else f'{value:.2f}'
+            lines.append(
+                f'| `densezoo train quickstart/{task}` | {data} | {title} | {text} | {metrics["seconds"] / 60:.1f} min |'
+            )
+    return lines
+
+
+def latest_pictures(run: Path, count: int) -> list[Path]:
+    """The pictures of a run's last validation."""
+    folders = sorted((run / 'predictions').glob('iter_*'))
+    return [path for path in sorted(folders[-1].glob('[0-9]*.png'))[:count]] if folders else []
+
+
+def write_sheet(files: Sequence[Path], path: Path, columns: int, width: int) -> None:
+    """Several pictures on one JPEG of at most `width` pixels across."""
+    pictures = [as_pixels(cv2.cvtColor(cv2.imread(str(file)), cv2.COLOR_BGR2RGB)) for file in files]
+    sheet = cv2.cvtColor(grid(pictures, columns), cv2.COLOR_RGB2BGR)
+    scale = min(1.0, width / sheet.shape[1])
+    sheet = cv2.resize(sheet, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), sheet, [cv2.IMWRITE_JPEG_QUALITY, 85])
+
+
+def results_page(runs: Path, images: Path) -> str:
+    """docs/results.md."""
+    lines = [
+        '# Results',
+        '',
+        f'Measured on {torch.get_num_threads()} cores of a CPU ({platform.machine()}), torch {torch.__version__}, by the '
+        'commands below; this page and its pictures are written by `python tools/results.py runs`.',
+    ]
+    for task in TASKS:
+        run = runs / task
+        if not (run / 'metrics.json').is_file():
+            continue
+        metrics = json.loads((run / 'metrics.json').read_text())
+        lines += ['', f'## {task.capitalize()}', '', '```', f'densezoo train quickstart/{task}', '```', '']
+        lines += ['| metric | value |', '|---|---:|']
+        lines += [f'| {name} | {value:.4g} |' for name, value in metrics.items() if value != -1]
+        pictures = latest_pictures(run, 6)
+        if pictures:
+            write_sheet(pictures, images / f'{task}.jpg', 2 if task == 'segmentation' else 3, 1400)
+            lines += ['', f'![predictions](images/{task}.jpg)']
+        if (run / 'curves.png').is_file():
+            (images / f'{task}_curves.png').write_bytes((run / 'curves.png').read_bytes())
+            lines += ['', f'![curves](images/{task}_curves.png)']
+    benchmarks = [name for name in BENCHMARKS if (runs / f'benchmark_{name}.json').is_file()]
+    if benchmarks:
+        lines += ['', '## Benchmarks', '', 'Side by side in one run, in turn, the minimum of several; above 1 ours is faster.']
+    for name in benchmarks:
+        rows = json.loads((runs / f'benchmark_{name}.json').read_text())
+        lines += ['', f'### {BENCHMARKS[name]}', '', '```', f'densezoo benchmark {name}', '```', '', table(rows)]
+    return '\n'.join(lines) + '\n'
+
+
+def models_page() -> str:
+    """docs/models.md: what `densezoo models --format markdown` prints."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        models.main(['--format', 'markdown'])
+    return f'# Models\n\nWritten by `densezoo models --format markdown`; top-1 as published.\n\n{printed.getvalue()}'
+
+
+@report_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = argparse.ArgumentParser(description='Write the tables and pictures of README and docs.')
+    arguments.add_argument('runs', type=Path, help='folder with a run folder per quickstart')
+    runs = arguments.parse_args(argv).runs
+    rows = quickstart_rows(runs)
+    if len(rows) == 2:
+        raise ValueError(f'no finished quickstart in {runs}: expected {runs}/detection/metrics.json and so on')
+    images = ROOT / 'docs' / 'images'
+    (ROOT / 'docs' / 'results.md').write_text(results_page(runs, images))
+    (ROOT / 'docs' / 'models.md').write_text(models_page())
+    write_sheet(
+        [picture for task in TASKS for picture in latest_pictures(runs / task, 1)], images / 'quickstarts.jpg', 5, 1600
+    )
+    readme = (ROOT / 'README.md').read_text()
+    before, rest = readme.split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    (ROOT / 'README.md').write_text(f'{before}{MARKS[0]}\n' + '\n'.join(rows) + f'\n{MARKS[1]}{after}')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
