@@ -7,23 +7,31 @@ import torch
 from torch import Tensor
 
 from .base import mixed, seeded
+from .batch import Batch
 from .errors import DataError
 from .transforms import TransformSpec, build
 
-Batch = dict[str, list[Any]]
 
-
-def collate(samples: Sequence[dict[str, Any]], mix: Any = None) -> Batch:
+def collate(
+    samples: Sequence[dict[str, Any]],
+    *,
+    mix: TransformSpec | Sequence[TransformSpec] | None = None,
+    probability: float = 1.0,
+    weights: Sequence[float] | None = None,
+    seed: int = 0,
+) -> Batch:
     """{'images': list of (3, H, W), 'targets': list of dict} from dataset samples.
 
     Args:
         samples: what datasets return.
         mix: None, or for classification one transform or a list of which one is drawn per batch:
-            dict(type=v2.MixUp, alpha=0.2, num_classes=10), dict(type=v2.CutMix, ...). See MixCollate.
+            dict(type=v2.MixUp, alpha=0.2, num_classes=10), dict(type=v2.CutMix, ...).
+        probability, weights, seed: of mixing, as in MixCollate.
     """
     if mix is not None:
-        return MixCollate(mix=mix)(samples)
-    return {'images': [sample['image'] for sample in samples], 'targets': [sample['target'] for sample in samples]}
+        return MixCollate(mix=mix, probability=probability, weights=weights, seed=seed)(samples)
+    batch = {'images': [sample['image'] for sample in samples], 'targets': [sample['target'] for sample in samples]}
+    return Batch(batch)
 
 
 class MixCollate:

@@ -1,8 +1,9 @@
-"""Pictures and masks from disk to tensors. JPEG and PNG by torchvision's decoders (as fast as OpenCV's and they notice
-truncated files), everything else by Pillow.
+"""Pictures and masks from disk to tensors. JPEG by torchvision's decoder (as fast as OpenCV's, and it notices truncated
+files), everything else by Pillow; torchvision's PNG decoder kills the process on a damaged file (torchvision 0.29), so
+it gets only PNGs of 16 bits, which Pillow would cut to 8, after they are found whole.
 
 Rules for a picture: the result is RGB, uint8, (3, H, W).
-- EXIF orientation is applied (`exif=False`: not), for JPEG, PNG and the rest alike.
+- EXIF orientation is applied (`exif=False`: not), for JPEG, PNG and the rest alike; to TIFF Pillow always applies it.
 - Grey and black-and-white are repeated into three channels, a palette is looked up, CMYK is converted.
 - Alpha is dropped, as Pillow's convert and OpenCV do; what is stored under transparent pixels shows.
 - 16 bits: the full range 0..65535 is mapped to 0..255 with rounding (Pillow would clip at 255).
@@ -12,7 +13,9 @@ Rules for a picture: the result is RGB, uint8, (3, H, W).
 
 import io
 import os
+import struct
 import warnings
+import zlib
 
 import numpy as np
 import torch
@@ -67,18 +70,21 @@ def probe(path: str | os.PathLike[str], *, exif: bool = True) -> tuple[int, int]
     try:
         with open(path, 'rb') as file:
             head = file.read(8)
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 12))
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
             tail = file.read()
             file.seek(0)
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore')
                 with Image.open(file) as picture:
                     width, height = picture.size
-                    turned = exif and picture.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+                    # Pillow turns a TIFF by itself, and decodes a PNG without EXIF to look for it at the end.
+                    asked = picture.format != 'PNG' or 'exif' in picture.info or b'eXIf' in tail
+                    asked = asked and exif and picture.format != 'TIFF'
+                    turned = asked and picture.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
     except Exception:
         height, width = read_image(path, exif=exif).shape[-2:]  # names the reason, or the header was merely odd
         return int(height), int(width)
-    whole = tail.endswith(b'\xff\xd9') if head.startswith(b'\xff\xd8') else tail[4:8] == b'IEND'
+    whole = tail.endswith(b'\xff\xd9') if head.startswith(b'\xff\xd8') else tail[-8:-4] == b'IEND'
     if not whole:
         read_image(path, exif=exif)
     return (width, height) if turned else (height, width)
@@ -98,7 +104,7 @@ def _read_bytes(path: str | os.PathLike[str]) -> np.ndarray:
 
 def _decode(data: np.ndarray, exif: bool) -> Tensor:
     """RGB as uint8 or uint16, (3, H, W). Pillow has the last word on what torchvision's decoders refuse."""
-    if (data[0] == 0xFF and data[1:2] == 0xD8) or data[:4].tobytes() == b'\x89PNG':
+    if data[:2].tobytes() == b'\xff\xd8' or _whole_deep_png(data):
         try:
             return decode_image(torch.from_numpy(data), ImageReadMode.RGB, apply_exif_orientation=exif)
         except RuntimeError:
@@ -113,6 +119,28 @@ def _decode(data: np.ndarray, exif: bool) -> Tensor:
             raise DataError(f'{kind} pixels have no stated range; convert the file to 8 or 16 bits')
         pixels = np.array(picture.convert('RGB'))
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _whole_deep_png(data: np.ndarray) -> bool:
+    """Whether this is a PNG of 16 bits whose checksums agree and whose pixels can be inflated."""
+    file = data.tobytes() if data[:8].tobytes() == b'\x89PNG\r\n\x1a\n' and data[24:25] == 16 else b''
+    place, packed = 8, []
+    while place + 12 <= len(file):
+        length, kind = struct.unpack_from('>I4s', file, place)
+        body = file[place + 8 : place + 8 + length]
+        if file[place + 8 + length : place + 12 + length] != struct.pack('>I', zlib.crc32(kind + body)):
+            return False
+        if kind == b'IDAT':
+            packed.append(body)
+        elif kind == b'IEND':
+            inflater = zlib.decompressobj()
+            try:
+                inflater.decompress(b''.join(packed))
+            except zlib.error:
+                return False
+            return inflater.eof
+        place += 12 + length
+    return False
 
 
 class _pillow:

@@ -173,8 +173,8 @@ def boxes_of_masks(masks: Tensor) -> Tensor:
     boxes = torch.zeros(count, 4)
     if count == 0:
         return boxes
-    inside = masks.ne(0)
-    rows, columns = inside.any(dim=2).to(torch.uint8), inside.any(dim=1).to(torch.uint8)
+    masks = masks.as_subclass(Tensor).ne(0).view(torch.uint8)
+    rows, columns = masks.amax(dim=2), masks.amax(dim=1)
     boxes[:, 0] = columns.argmax(dim=1)
     boxes[:, 1] = rows.argmax(dim=1)
     boxes[:, 2] = width - columns.flip(1).argmax(dim=1)
