@@ -193,11 +193,12 @@ class Hierarchical(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that order the parameters by depth, for layer-wise learning rates: by block or by stage."""
+        with_last_block = (r'^norm\.', (99999,))
         if coarse:
-            blocks: Any = r'^(?:downsample_layers|stages)\.(\d+)'
+            blocks = [(r'^(?:downsample_layers|stages)\.(\d+)', None), with_last_block]
         else:
-            blocks = [(r'^downsample_layers\.(\d+)', (0,)), (r'^stages\.(\d+)\.(\d+)', None), (r'^norm\.', (99999,))]
-        return {'stem': r'^downsample_layers\.0\.', 'blocks': blocks, 'head': r'^(?:head|norm|output_norms)\.'}
+            blocks = [(r'^downsample_layers\.(\d+)', (0,)), (r'^stages\.(\d+)\.(\d+)', None), with_last_block]
+        return {'stem': r'^downsample_layers\.0\.', 'blocks': blocks, 'head': r'^(?:head|output_norms)\.'}
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters with two or more dimensions that take no weight decay (those with one never should)."""

@@ -35,7 +35,7 @@ def export_program(model: nn.Module, example: Tensor | Sequence[Tensor], *, dyna
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
     if not inputs or inputs[0].ndim != 4:
         raise ValueError(f'the first example must be images (B, C, H, W), got {[tuple(t.shape) for t in inputs]}')
-    smallest = int(min_size or getattr(model, 'min_dynamic_size', 32))
+    smallest = min_size if min_size is not None else int(getattr(model, 'min_dynamic_size', 32))
     if dynamic_size:
         _check_dynamic(model, inputs[0], smallest)
     if dynamic_batch and inputs[0].shape[0] == 1:       # a batch of one would be taken for a constant

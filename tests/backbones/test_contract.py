@@ -247,13 +247,15 @@ def test_state_dict_round_trip(name, tmp_path):
 def test_checkpointing_changes_nothing(name):
     model = small(name, features_only=True).train()
     x = images(model)
-    gradients = []
+    gradients, calls = [], []
+    model.stages[1][0].register_forward_pre_hook(lambda module, inputs: calls.append(1))
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
         model.zero_grad(set_to_none=True)
         sum(m.square().mean() for m in model(x)).backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
     close(gradients[1], gradients[0])
+    assert len(calls) == 3                  # once, then once forward and once more for the gradients
 
 
 @EACH
@@ -267,6 +269,8 @@ def test_parameter_groups(name):
             assert max(layers.values()) + 1 <= 2 + (len(model.stages) if coarse else blocks)
             first = [min(layer for key, layer in layers.items() if key.startswith(f'stages.{s}.')) for s in range(4)]
             assert min(layers.values()) < first[0] and first == sorted(set(first))
+            last_block = max(layer for key, layer in layers.items() if key.startswith('stages.'))
+            assert all(layer == last_block for key, layer in layers.items() if key.startswith('norm.'))
             assert all(layer == max(layers.values()) for key, layer in layers.items()
                        if key.startswith(('head.', *model.new_in_dense)))
         names = {key for key, _ in model.named_parameters()}
