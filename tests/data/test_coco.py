@@ -111,7 +111,7 @@ def test_boxes_outside_are_clipped_or_dropped_and_counted(coco):
     (dict(bbox=[1, 2, float('nan'), 3]), 'bbox must be four finite numbers'),
     (dict(segmentation=[[1, 2, 3, 4]]), 'segmentation has no polygon of at least three points'),
     (dict(segmentation=None), 'segmentation must be polygons or run lengths'),
-    (dict(segmentation={'size': [50, 80], 'counts': [4000]}), r'mask of another size: .*\[50, 80\], the picture \[60, 80\]'),
+    (dict(segmentation={'size': [50, 80], 'counts': [9]}), r'mask of another size: .*, the picture \[60, 80\]'),
     (dict(segmentation={'size': [60, 80], 'counts': [40]}), 'run lengths sum to 40, not to 60 x 80'),
 ])
 def test_bad_annotations_are_named(coco, annotation, reason):
@@ -155,7 +155,7 @@ def test_annotations_of_unrotated_pixels_are_noticed(coco, save):
     save('images/train/0.png', exif=exif)
     dataset = CocoDetection(root=root)
     for look in (dataset.check, lambda: dataset[0]):
-        with pytest.raises(DataError, match='60x80, but the annotations say 80x60; it looks rotated by EXIF: .*exif=False'):
+        with pytest.raises(DataError, match=r'60x80, but the annotations say 80x60; it looks rotated .*exif=False'):
             look()
     assert CocoDetection(root=root, exif=False)[0]['image'].shape == (3, 60, 80)
 
@@ -166,7 +166,7 @@ def test_missing_or_broken_json_is_named(coco, tmp_path):
         CocoDetection(root=root, split='test')
     path = root / 'annotations/instances_train.json'
     path.write_text('{"images": [')
-    with pytest.raises(DataError, match='instances_train.json: is not JSON'):
+    with pytest.raises(DataError, match=r'instances_train\.json: is not JSON'):
         CocoDetection(root=root)
     path.write_text('{"images": []}')
     with pytest.raises(DataError, match="a COCO file needs a list 'categories'"):
@@ -181,7 +181,7 @@ def test_a_selection_of_classes(coco):
     dataset = CocoDetection(root=root, classes=['dog'])
     assert len(dataset) == 1 and dataset[0]['target']['labels'].tolist() == [0]
     assert dataset.metainfo['category_ids'] == [7]
-    with pytest.raises(DataError, match="classes names 'cow', but .* has cat, dog"):
+    with pytest.raises(DataError, match=r"classes names 'cow', but .* has cat, dog"):
         CocoDetection(root=root, classes=['cow'])
 
 

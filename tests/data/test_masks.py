@@ -1,7 +1,6 @@
 """Without these, class ids would shift by one, ignored pixels train a class, and a wrong mask pass unseen."""
 
 import json
-import re
 
 import numpy as np
 import pytest
@@ -59,7 +58,7 @@ def test_masks_in_other_forms(folder, kind):
 
 def test_unknown_ids_and_colours_are_named(folder, save):
     dataset = MaskFolder(root=folder, classes='abc')
-    with pytest.raises(DataError, match=r's/0\.png: class id 3 is not in the 3 classes \(allowed in the file: 0\.\.2, 255\)'):
+    with pytest.raises(DataError, match=r's/0\.png: class id 3 is not in the 3 classes \(allowed .*: 0\.\.2, 255\)'):
         dataset[0]
     with pytest.raises(DataError, match=r'3 problems: .*class id 3'):
         dataset.check(decode=True)
@@ -143,5 +142,5 @@ def test_voc_segmentation(tmp_path, save):
     dataset = VOCSegmentation(root=tmp_path)
     assert np.array_equal(dataset[0]['target']['mask'].numpy(), ids)
     assert dataset.metainfo['classes'][15] == 'person' and dataset.metainfo['palette'][15] == (192, 128, 128)
-    assert re.match(r"split='val': no file .*val\.txt; there are: train",
-                    str(pytest.raises(DataError, VOCSegmentation, root=tmp_path, split='val').value))
+    with pytest.raises(DataError, match=r"split='val': no file .*val\.txt; there are: train"):
+        VOCSegmentation(root=tmp_path, split='val')

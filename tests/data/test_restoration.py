@@ -74,7 +74,7 @@ def test_wrong_degradations_are_named(tmp_path, save):
     save('train/a.png')
     with pytest.raises(TypeError, match='degrade must be a callable or dict'):
         CleanFolder(root=tmp_path, degrade=3)
-    with pytest.raises(TypeError, match="degrade: GaussianNoise has no argument 'sigm', .*nearest: 'sigma'"):
+    with pytest.raises(TypeError, match=r"degrade: GaussianNoise has no argument 'sigm', .*nearest: 'sigma'"):
         CleanFolder(root=tmp_path, degrade=dict(type=GaussianNoise, sigm=3))
     with pytest.raises(DataError, match=r'degrade must keep the shape, got \(3, 30, 80\) from \(3, 60, 80\)'):
         CleanFolder(root=tmp_path, degrade=lambda image: image[:, ::2])[0]

@@ -105,7 +105,6 @@ def test_batches_restart_and_feed_a_loader():
     assert sum(len(batch) for batch in loader) == 40
 
 
-
 def test_a_sampler_that_ends_leaves_smaller_batches():
     data = Pictures(range(11))
     everything = list(AspectRatioBatchSampler(EvalSampler(data), 4))

@@ -1,6 +1,7 @@
 """Without these, VOC's boxes would be off by one and its evaluation would have no ground truth."""
 
 import json
+import pathlib
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def test_boxes_difficult_objects_and_ground_truth(voc):
     val = VOCDetection(root=root, split='val')
     assert len(val) == 2 and val[0]['target']['iscrowd'].tolist() == [0, 1]
     torch.testing.assert_close(val[0]['target']['boxes'][1], torch.tensor([10., 20, 30, 40]))
-    stored = json.loads(open(val.metainfo['ann_file']).read())
+    stored = json.loads(pathlib.Path(val.metainfo['ann_file']).read_text())
     assert [entry['bbox'] for entry in stored['annotations']] == [[0, 0, 80, 60], [10, 20, 20, 20]]
     assert val.metainfo['category_ids'] == list(range(1, 21)) and isinstance(val, CocoDetection)
     assert VOCDetection(root=root, split='val').metainfo['ann_file'] == val.metainfo['ann_file']
