@@ -50,9 +50,17 @@ def explain(error: BaseException) -> str | None:
     message = ' '.join(str(error).split())
     if type(error).__name__ in ('DataError', 'NonFiniteError'):
         return message
-    if isinstance(error, ValueError | TypeError | FileNotFoundError | OSError) and message:
-        return message
+    if isinstance(error, ValueError | TypeError | OSError) and message:
+        return message if _raised_by_us(error) else f'{message} (DENSEZOO_TRACEBACK=1 shows where)'
     return None
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    """Whether the innermost frame is densezoo's: such a message is complete by itself."""
+    name, trace = 'densezoo', error.__traceback__
+    while trace is not None:
+        name, trace = trace.tb_frame.f_globals.get('__name__', ''), trace.tb_next
+    return name.split('.')[0] in ('densezoo', '__main__')
 
 
 def report_errors(main: Callable[..., int]) -> Callable[..., int]:

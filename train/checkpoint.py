@@ -31,8 +31,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, numbers.Real):
         return float(value)
     if isinstance(value, Mapping):
-        items = ((plain(key), plain(item)) for key, item in value.items())
-        return {key: item for key, item in items if key is not _DROP and item is not _DROP}
+        pairs = ((plain(key), plain(item)) for key, item in value.items())
+        return {key: item for key, item in pairs if key is not _DROP and item is not _DROP}
     if isinstance(value, list | tuple):
         items = [plain(item) for item in value]
         return type(value)(items) if type(value) in (list, tuple) else tuple(items)

@@ -28,7 +28,7 @@ def batches_from(dataloader: DataLoader, iteration: int) -> Iterator[Any]:
             'train_dataloader.sampler must be a restartable sampler (densezoo.data.RestartableSampler), '
             f'got {type(sampler).__name__}'
         )
-    batch_size = dataloader.batch_size or getattr(dataloader.batch_sampler, 'batch_size', 1)
+    batch_size: int = dataloader.batch_size or getattr(dataloader.batch_sampler, 'batch_size', 1)  # type: ignore[assignment]
     sampler.start_at(iteration * batch_size * get_world_size())
     return iter(dataloader)
 

@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper as MMEngineOptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
+
+from .loops import unwrapped
 
 AMP_TYPES = {None: None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 _UNMATCHED = '\0'  # a parameter name that no pattern matches
@@ -25,7 +26,7 @@ _UNMATCHED = '\0'  # a parameter name that no pattern matches
 
 def layer_ids(task: nn.Module) -> dict[str, int]:
     """Name of each parameter -> its layer, 0 for the stem; neck, head and unmatched parameters are the last layer."""
-    backbone = getattr(task, 'backbone', task)
+    backbone: Any = getattr(task, 'backbone', task)
     prefix = '' if backbone is task else 'backbone.'
     names = [name for name, _ in backbone.named_parameters()]
     if not hasattr(backbone, 'group_matcher'):
@@ -43,7 +44,7 @@ def layer_ids(task: nn.Module) -> dict[str, int]:
 
 def undecayed_names(task: nn.Module) -> list[str]:
     """Patterns of the parameters that the parts' own `no_weight_decay()` exempt, with the parts' prefixes."""
-    parts = [('', task)] + [(name + '.', part) for name, part in task.named_children()]
+    parts: list[tuple[str, Any]] = [('', task)] + [(name + '.', part) for name, part in task.named_children()]
     return [
         prefix + pattern
         for prefix, part in parts
@@ -116,7 +117,7 @@ class LayerDecayConstructor:
 
     def __call__(self, model: nn.Module) -> MMEngineOptimWrapper:
         groups = parameter_groups(
-            model.module if is_model_wrapper(model) else model,
+            unwrapped(model),
             lr=self.optimizer['lr'],
             weight_decay=self.optimizer.get('weight_decay', 0.0),
             **self.paramwise,

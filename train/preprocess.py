@@ -49,8 +49,8 @@ class Preprocess(BaseDataPreprocessor):
 
     def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
         images, targets = data['images'], data.get('targets')
-        if training and targets is not None:
-            targets = self.cast_data(targets)
+        if training and targets is not None and self.device.type != 'cpu':
+            targets = [self._to_device(target) for target in targets]
         return {'images': self.batch(images), 'targets': targets}
 
     def batch(self, images: Sequence[Tensor]) -> Tensor:
@@ -66,6 +66,12 @@ class Preprocess(BaseDataPreprocessor):
         for row, image in zip(batch, images, strict=True):
             row[:, : image.shape[-2], : image.shape[-1]] = self._float(image.to(self.device, non_blocking=True))
         return batch
+
+    def _to_device(self, target: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in target.items()
+        }
 
     def _float(self, images: Tensor) -> Tensor:
         if self.normalise:

@@ -41,6 +41,9 @@ class Runner(MMEngineRunner):
     - a quiet console: environment, config and hook list go to the log file.
     """
 
+    _train_loop: Any
+    _val_loop: Any
+
     def build_logger(self, log_level: Any = 'INFO', log_file: str | None = None, **kwargs: Any) -> MMLogger:
         logger = super().build_logger(log_level, log_file, **kwargs)
         self._console_level(logger, logging.WARNING)
@@ -95,6 +98,7 @@ class Runner(MMEngineRunner):
             if self._val_loop is not None:
                 self._val_loop = self.build_val_loop(self._val_loop)
             self._check_classes()
+            self._check_schedule()
             return super().train()
         finally:
             self.call_hook('close')
@@ -102,6 +106,16 @@ class Runner(MMEngineRunner):
     def test(self) -> dict[str, float]:
         self._console_level(self.logger, logging.INFO)
         return super().test()
+
+    def _check_schedule(self) -> None:
+        schedules = self.cfg.get('param_scheduler') or []
+        ends = [s.get('end') for s in schedules if isinstance(s, dict) and not s.get('by_epoch', True)]
+        end = max((end for end in ends if end is not None), default=self.max_iters)
+        if end > self.max_iters:
+            self.logger.warning(
+                f'training stops at iteration {self.max_iters}, its learning-rate schedule ends at {end}: '
+                f'a shorter run needs param_scheduler.{ends.index(end)}.end={self.max_iters} too'
+            )
 
     def _check_classes(self) -> None:
         head = getattr(unwrapped(self.model), 'head', None)
@@ -118,11 +132,11 @@ class Runner(MMEngineRunner):
 
     @master_only
     def dump_config(self) -> None:
-        """Write the config into the work directory, so that it trains again (elsewhere, from the start)."""
+        """Write `config.py` into the work directory: it stands alone and trains again (elsewhere, from the start)."""
         config = copy.deepcopy(self.cfg)
         for name in ('work_dir', 'launcher', 'experiment_name'):
             config._cfg_dict.pop(name, None)
-        config.dump(Path(self.work_dir) / Path(self.cfg.filename or 'config.py').name)
+        config.dump(Path(self.work_dir) / 'config.py')
 
     @master_only
     def save_checkpoint(  # type: ignore[override]
@@ -196,6 +210,7 @@ class Runner(MMEngineRunner):
                 and handler.level < logging.ERROR  # ranks other than the first stay silent
             ):
                 handler.setLevel(level)
+                handler.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s', '%H:%M:%S'))
 
 
 def checked_dataset(config: dict[str, Any], check: bool) -> Any:

@@ -23,13 +23,13 @@ def test_train_test_predict(config_file: Path, pictures: Path, tmp_path: Path, m
     metrics = tiny_run.read_metrics(run)
     assert set(metrics) == {'accuracy/top1', 'accuracy/top2', 'iterations', 'seconds', 'peak_memory_mib'}
     assert metrics['iterations'] == 6 and metrics['seconds'] > 0 and metrics['peak_memory_mib'] > 100
-    for name in ('last.pth', 'best.pth', 'curves.png', 'train.csv', 'val.csv', 'log.jsonl', config_file.name):
+    for name in ('last.pth', 'best.pth', 'curves.png', 'train.csv', 'val.csv', 'log.jsonl', 'config.py'):
         assert (run / name).stat().st_size > 0, name
     assert len(list((run / 'predictions').glob('iter_*/sheet.png'))) == 2
     assert len(list((run / 'predictions/iter_000006').glob('*.png'))) == 4
 
     # The config written down with the run stands alone: it tests, predicts and trains again.
-    dumped = str(run / config_file.name)
+    dumped = str(run / 'config.py')
     assert test_tool.main([dumped, str(run / 'last.pth'), '--out', 'metrics.json']) == 0
     tested = json.loads(Path('metrics.json').read_text())
     assert tested == {name: metrics[name] for name in tested} and tested
@@ -125,6 +125,12 @@ def test_missing_libraries_are_explained() -> None:
         'skimage is not installed: pip install densezoo[demo]'
     )
     assert common.explain(ZeroDivisionError('ours')) is None
+    with pytest.raises(json.JSONDecodeError) as caught:  # raised inside another library
+        json.loads('[1')
+    assert str(common.explain(caught.value)).endswith('(DENSEZOO_TRACEBACK=1 shows where)')
+    with pytest.raises(ValueError, match='--batch-size') as ours:
+        predict.main.__wrapped__(['config', 'checkpoint', 'image', '--batch-size', '0'])
+    assert common.explain(ours.value) == '--batch-size must be at least 1, got 0'
 
 
 def test_our_own_mistakes_keep_their_trace(monkeypatch: pytest.MonkeyPatch) -> None:

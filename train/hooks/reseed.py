@@ -35,6 +35,9 @@ class Reseed(Hook):
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         seed = mix(runner.seed, runner.iter, get_rank())
-        torch.manual_seed(seed)
+        # Not torch.manual_seed: without a GPU it formats a stack trace per call, for a seeding that never comes.
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)
         random.seed(seed)

@@ -45,6 +45,9 @@ class Task(BaseModel):
         grad_checkpointing: recompute the backbone's activations in the backward pass (less memory, more time).
     """
 
+    backbone: Any
+    head: Any
+
     def __init__(
         self,
         *,
@@ -55,10 +58,12 @@ class Task(BaseModel):
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__(data_preprocessor=Preprocess() if preprocess is None else preprocess)
-        self.backbone: Any = backbone if isinstance(backbone, nn.Module) else MODELS.build(backbone)
-        feature_info = getattr(self.backbone, 'feature_info', None)
+        self.backbone = backbone if isinstance(backbone, nn.Module) else MODELS.build(backbone)
+        # A zoo's classifier has feature_info too, but hands out logits.
+        classifier = isinstance(backbone, dict) and 'name' in backbone and not backbone.get('features_only')
+        feature_info = None if classifier else getattr(self.backbone, 'feature_info', None)
         self.neck = None if neck is None else build_part(neck, feature_info)
-        self.head: Any = build_part(head, getattr(self.neck, 'feature_info', feature_info))
+        self.head = build_part(head, getattr(self.neck, 'feature_info', feature_info))
         if grad_checkpointing:
             self.backbone.set_grad_checkpointing(True)
         if getattr(self.data_preprocessor, 'memory_format', None) is torch.channels_last:
