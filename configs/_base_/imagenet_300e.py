@@ -9,7 +9,7 @@ from mmengine.runner import ValLoop
 from torch.optim import AdamW
 from torchvision.transforms import v2
 
-from densezoo.data import ImageFolder, MixCollate
+from densezoo.data import ImageFolder, collate
 from densezoo.train import EpochLoop, OptimWrapper
 from densezoo.train.evaluators import Accuracy
 
@@ -35,7 +35,7 @@ train_dataloader = dict(
         ],
     ),
     collate_fn=dict(
-        type=MixCollate,
+        type=collate,
         mix=[
             dict(type=v2.MixUp, alpha=0.8, num_classes=1000),
             dict(type=v2.CutMix, alpha=1.0, num_classes=1000),

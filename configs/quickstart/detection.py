@@ -1,4 +1,4 @@
-"""Handwritten digits on photographs (96x96, a genuine COCO dataset) with a small ConvFormer, FPN and FCOS."""
+"""Handwritten digits on photographs (96x96, a genuine COCO dataset) with a small CAFormer, FPN and FCOS."""
 
 from mmengine.config import read_base
 from torchvision.transforms import v2
@@ -18,7 +18,7 @@ model = dict(
     type=Detector,
     backbone=dict(
         type=create_model,
-        name='convformer_s18',
+        name='caformer_s18',
         features_only=True,
         out_indices=(1, 2, 3),
         dims=(32, 64, 160, 256),

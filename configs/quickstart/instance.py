@@ -1,4 +1,4 @@
-"""Instance masks of handwritten digits on photographs with a small ConvFormer, FPN and Mask R-CNN."""
+"""Instance masks of handwritten digits on photographs with a small CAFormer, FPN and Mask R-CNN."""
 
 from mmengine.config import read_base
 

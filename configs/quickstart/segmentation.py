@@ -1,4 +1,4 @@
-"""Handwritten digits on photographs, pixel by pixel, with a small ConvFormer and Semantic FPN."""
+"""Handwritten digits on photographs, pixel by pixel, with a small CAFormer and Semantic FPN."""
 
 from mmengine.config import read_base
 from torchvision.transforms import v2
@@ -18,7 +18,7 @@ model = dict(
     type=Segmentor,
     backbone=dict(
         type=create_model,
-        name='convformer_s18',
+        name='caformer_s18',
         features_only=True,
         dims=(32, 64, 160, 256),
         depths=(2, 2, 2, 2),
