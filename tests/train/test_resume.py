@@ -1,5 +1,6 @@
 """Without these a resumed run drifts from the uninterrupted one, or a crash costs the run."""
 
+import itertools
 import os
 import pickle
 import random
@@ -109,24 +110,36 @@ def test_kill_during_training_leaves_a_run_that_goes_on(config_file: Path, tmp_p
     assert tiny_run.read_metrics(work_dir)['iterations'] == reached + 2
 
 
+def save_for_ever(path: Path, first: int) -> None:
+    """The work of a child process, which must never return into pytest nor outlive it for long."""
+    try:
+        deadline = time.monotonic() + 30
+        for number in itertools.count(first):
+            save_checkpoint({'state_dict': {'weight': torch.full((100_000,), float(number))}}, path)
+            if time.monotonic() > deadline:
+                break
+    finally:
+        os._exit(1)
+
+
 def test_kill_while_saving_leaves_the_old_or_the_new(tmp_path: Path) -> None:
     path = tmp_path / 'last.pth'
     save_checkpoint({'state_dict': {'weight': torch.zeros(100_000)}}, path)
-    rounds = 0
-    for _ in range(8):
+    for kill in range(1, 9):
+        before = path.stat().st_mtime_ns
         child = os.fork()
-        if child == 0:  # nothing but saving happens here, and the process never returns to pytest
-            number = 0
-            while True:
-                number += 1
-                save_checkpoint({'state_dict': {'weight': torch.full((100_000,), float(number))}}, path)
-        time.sleep(0.05 + 0.05 * random.random())
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        if child == 0:
+            save_for_ever(path, 1_000_000 * kill)
+        try:
+            deadline = time.monotonic() + 20
+            while path.stat().st_mtime_ns == before and time.monotonic() < deadline:
+                time.sleep(0.001)
+            time.sleep(0.02 * random.random())
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
         weight = load_checkpoint(path)['state_dict']['weight']
-        assert bool((weight == weight[0]).all())
-        rounds += int(weight[0] > 0)
-    assert rounds == 8  # each child did save
+        assert weight[0] >= 1_000_000 * kill and bool((weight == weight[0]).all())
 
 
 def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
