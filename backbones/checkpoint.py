@@ -2,6 +2,7 @@
 
 Files are read with weights_only=True; argparse.Namespace is the one foreign class allowed in them.
 """
+
 import argparse
 import logging
 import os
@@ -23,14 +24,17 @@ _log = logging.getLogger('densezoo')
 _Model = TypeVar('_Model', bound=nn.Module)
 
 # last parts of keys whose values constructors compute: index tables, attention masks, counters
-_COMPUTED = re.compile(r'(relative_position_index|relative_coords_table|rel_pos_idx|biases_idx|attention_bias_idxs|'
-                       r'bias_idxs|position_index|attn_mask|num_batches_tracked|out_zero_mask|total_step)$')
+_COMPUTED = re.compile(
+    r'(relative_position_index|relative_coords_table|rel_pos_idx|biases_idx|attention_bias_idxs|'
+    r'bias_idxs|position_index|attn_mask|num_batches_tracked|out_zero_mask|total_step)$'
+)
 # names under which training programs keep the model, averaged weights first
 _CONTAINERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
 
 
-def load_checkpoint(model: _Model, path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any],
-                    strict: bool = True) -> _Model:
+def load_checkpoint(
+    model: _Model, path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any], strict: bool = True
+) -> _Model:
     """Loads weights into a backbone, in place.
 
     Accepts our own names and the authors'; a state dict, a file, or a training checkpoint that holds one (under
@@ -62,8 +66,11 @@ def load_checkpoint(model: _Model, path_or_state_dict: str | os.PathLike[str] | 
     own = model.state_dict()
     state = {key: _fit(key, value, own) for key, value in state.items() if not _COMPUTED.search(key)}
     notes = _adapt(model, state, own)
-    misfits = [f'{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}' for key, value in state.items()
-               if key in own and value.shape != own[key].shape]
+    misfits = [
+        f'{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}'
+        for key, value in state.items()
+        if key in own and value.shape != own[key].shape
+    ]
     extra = [key for key in state if key not in own]
     missing = [key for key in own if key not in state and not _COMPUTED.search(key) and key not in notes]
     if isinstance(model, Hierarchical) and model.features_only:
@@ -74,8 +81,11 @@ def load_checkpoint(model: _Model, path_or_state_dict: str | os.PathLike[str] | 
             cut = [f'{prefix}*' for prefix in model.absent_keys if any(key.startswith(prefix) for key in left_over)]
             rest = _split(left_over, model.absent_keys)[1]
             notes[''] = f'left over from the classifier: {_list(rest + cut)}; new in the dense form: {_list(new)}'
-    problems = [f'{what}: {_list(keys)}' for what, keys in
-                (('missing', missing), ('unexpected', extra), ('of another shape', misfits)) if keys]
+    problems = [
+        f'{what}: {_list(keys)}'
+        for what, keys in (('missing', missing), ('unexpected', extra), ('of another shape', misfits))
+        if keys
+    ]
     if problems and strict:
         raise ValueError(f'{source} does not fit {_title(model)}: {"; ".join(problems)}')
     if problems:
@@ -83,8 +93,13 @@ def load_checkpoint(model: _Model, path_or_state_dict: str | os.PathLike[str] | 
     fitting = {key: value for key, value in state.items() if key in own and value.shape == own[key].shape}
     model.load_state_dict(fitting, strict=False)
     if notes:
-        _log.log(logging.WARNING if 'strict' in notes else logging.INFO, '%s from %s: %s', _title(model), source,
-                 '; '.join(notes.values()))
+        _log.log(
+            logging.WARNING if 'strict' in notes else logging.INFO,
+            '%s from %s: %s',
+            _title(model),
+            source,
+            '; '.join(notes.values()),
+        )
     return model
 
 
@@ -104,15 +119,18 @@ def load_published(model: Hierarchical, cfg: PretrainedCfg, *, page: str | None 
         address = cfg.url if isinstance(cfg.url, str) else cfg.url[0]
         file = os.path.basename(urlparse(address).path)
         try:
-            path = download_cached_file(cfg.url, cache_dir=cache_dir)       # type: ignore[arg-type]
+            path = download_cached_file(cfg.url, cache_dir=cache_dir)  # type: ignore[arg-type]
         except (OSError, RuntimeError) as error:
             reason = ' '.join(str(error).split()) or type(error).__name__
-            raise OSError(f'cannot download the weights of {name} from {address} ({reason}); fetch {file} by other '
-                          f"means and pass checkpoint_path='/path/to/{file}'") from None
+            raise OSError(
+                f'cannot download the weights of {name} from {address} ({reason}); fetch {file} by other '
+                f"means and pass checkpoint_path='/path/to/{file}'"
+            ) from None
         load_checkpoint(model, path)
     elif page:
-        raise ValueError(f'the weights of {name} have no direct address; download them from {page} and pass '
-                         'checkpoint_path=')
+        raise ValueError(
+            f'the weights of {name} have no direct address; download them from {page} and pass checkpoint_path='
+        )
     else:
         raise ValueError(f'{name} has no published weights; leave pretrained=False or pass checkpoint_path=')
 
@@ -128,6 +146,7 @@ def read(path: str | os.PathLike[str]) -> Any:
         raise FileNotFoundError(f'no such checkpoint file: {os.fspath(path)}')
     if file.suffix == '.safetensors':
         from safetensors.torch import load_file
+
         return load_file(file)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -135,8 +154,9 @@ def read(path: str | os.PathLike[str]) -> Any:
     except pickle.UnpicklingError as error:
         found = re.search(r'(?:GLOBAL|global|class) [`\'"]?([\w.]+)', str(error))
         what = f'holds the class {found[1]}' if found else 'is not a PyTorch checkpoint'
-        raise ValueError(f'{os.fspath(path)} {what}; only tensors, plain containers and argparse.Namespace are '
-                         'read') from None
+        raise ValueError(
+            f'{os.fspath(path)} {what}; only tensors, plain containers and argparse.Namespace are read'
+        ) from None
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = ' '.join(str(error).split())[:200]
         raise ValueError(f'{os.fspath(path)} is not a PyTorch checkpoint or is damaged ({reason})') from None
@@ -178,8 +198,12 @@ def _adapt(model: nn.Module, state: dict[str, Tensor], own: Mapping[str, Tensor]
             state[first] = adapt_input_conv(after, state[first])
             notes['first_conv'] = f'{first} adapted from {before} to {after} channels'
     weight = f'{cfg.get("classifier")}.weight'
-    if weight in state and weight in own and state[weight].shape[0] != own[weight].shape[0] and (
-            state[weight].shape[1:] == own[weight].shape[1:]):
+    if (
+        weight in state
+        and weight in own
+        and state[weight].shape[0] != own[weight].shape[0]
+        and (state[weight].shape[1:] == own[weight].shape[1:])
+    ):
         bias = f'{cfg.get("classifier")}.bias'
         theirs, ours = state[weight].shape[0], own[weight].shape[0]
         notes[weight] = f'{cfg["classifier"]} not loaded: {theirs} classes instead of {ours}'

@@ -3,6 +3,7 @@
 A model file declares each published variant with `register`. Names that timm does not know become timm's too; where
 timm has the same name, timm's stays timm's there.
 """
+
 import inspect
 import re
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from .skeleton import Hierarchical, normalise_indices
 @dataclass(frozen=True)
 class Weights:
     """One published set of weights: timm's description of it and the published figures."""
+
     cfg: PretrainedCfg
     metadata: Mapping[str, Any]
 
@@ -32,11 +34,12 @@ class Weights:
 @dataclass(frozen=True)
 class Entry:
     """A registered name: the class, the variant's constructor arguments and what the dense form changes in them."""
+
     name: str
     cls: type[Hierarchical]
     arguments: Mapping[str, Any]
     dense: Mapping[str, Any]
-    weights: Mapping[str, Weights] = field(default_factory=dict)        # by tag; the first is the default
+    weights: Mapping[str, Weights] = field(default_factory=dict)  # by tag; the first is the default
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -46,10 +49,23 @@ _ENTRIES: dict[str, Entry] = {}
 _COMMON = ('pretrained', 'features_only', 'out_indices', 'in_chans', 'num_classes', 'img_size', 'checkpoint_path')
 
 
-def weights(tag: str, url: str | None, *, top1: float | None, params: float, macs: float, paper: str, origin: str,
-            size: int = 224, crop_pct: float = 0.9, num_classes: int = 1000, classifier: str = 'head',
-            first_conv: str = 'downsample_layers.0.conv', licence: str = 'apache-2.0',
-            page: str | None = None) -> Weights:
+def weights(
+    tag: str,
+    url: str | None,
+    *,
+    top1: float | None,
+    params: float,
+    macs: float,
+    paper: str,
+    origin: str,
+    size: int = 224,
+    crop_pct: float = 0.9,
+    num_classes: int = 1000,
+    classifier: str = 'head',
+    first_conv: str = 'downsample_layers.0.conv',
+    licence: str = 'apache-2.0',
+    page: str | None = None,
+) -> Weights:
     """Describes published weights.
 
     Args:
@@ -61,16 +77,42 @@ def weights(tag: str, url: str | None, *, top1: float | None, params: float, mac
         classifier, first_conv: layers that depend on the number of classes and of the image's channels.
     """
     cfg = PretrainedCfg(
-        url=url, tag=tag, input_size=(3, size, size), num_classes=num_classes, crop_pct=crop_pct,
-        interpolation='bicubic', classifier=classifier, first_conv=first_conv, license=licence, origin_url=origin,
-        paper_ids='arXiv:' + paper.rsplit('/', 1)[-1])
-    return Weights(cfg, {'top1': top1, 'params': params, 'macs': macs, 'licence': licence, 'paper': paper,
-                         'origin': origin, 'page': page})
+        url=url,
+        tag=tag,
+        input_size=(3, size, size),
+        num_classes=num_classes,
+        crop_pct=crop_pct,
+        interpolation='bicubic',
+        classifier=classifier,
+        first_conv=first_conv,
+        license=licence,
+        origin_url=origin,
+        paper_ids='arXiv:' + paper.rsplit('/', 1)[-1],
+    )
+    return Weights(
+        cfg,
+        {
+            'top1': top1,
+            'params': params,
+            'macs': macs,
+            'licence': licence,
+            'paper': paper,
+            'origin': origin,
+            'page': page,
+        },
+    )
 
 
-def register(name: str, cls: type[Hierarchical], *, weights: Sequence[Weights] = (),
-             dense: Mapping[str, Any] | None = None, drop_path: float | None = None, drop: float | None = None,
-             **arguments: Any) -> None:
+def register(
+    name: str,
+    cls: type[Hierarchical],
+    *,
+    weights: Sequence[Weights] = (),
+    dense: Mapping[str, Any] | None = None,
+    drop_path: float | None = None,
+    drop: float | None = None,
+    **arguments: Any,
+) -> None:
     """Declares a model.
 
     Args:
@@ -103,15 +145,25 @@ def list_models(filter: str = '*', pretrained: bool = False) -> list[str]:
         filter: shell pattern; one with a dot is matched against `name.tag` and returns such names.
         pretrained: only models with published weights.
     """
-    names = [f'{entry.name}.{tag}' for entry in _ENTRIES.values() for tag in entry.weights] if '.' in filter else [
-        entry.name for entry in _ENTRIES.values() if entry.weights or not pretrained]
+    names = (
+        [f'{entry.name}.{tag}' for entry in _ENTRIES.values() for tag in entry.weights]
+        if '.' in filter
+        else [entry.name for entry in _ENTRIES.values() if entry.weights or not pretrained]
+    )
     return sorted((name for name in names if fnmatch(name, filter)), key=_natural)
 
 
-def create_model(name: str, pretrained: bool = False, features_only: bool = False,
-                 out_indices: int | Sequence[int] = (0, 1, 2, 3), in_chans: int = 3, num_classes: int = 1000,
-                 img_size: int | tuple[int, int] | None = None, checkpoint_path: str = '',
-                 **overrides: Any) -> nn.Module:
+def create_model(
+    name: str,
+    pretrained: bool = False,
+    features_only: bool = False,
+    out_indices: int | Sequence[int] = (0, 1, 2, 3),
+    in_chans: int = 3,
+    num_classes: int = 1000,
+    img_size: int | tuple[int, int] | None = None,
+    checkpoint_path: str = '',
+    **overrides: Any,
+) -> nn.Module:
     """Builds a backbone: a classifier, or with `features_only` the same class in its dense form.
 
     Args:
@@ -133,18 +185,34 @@ def create_model(name: str, pretrained: bool = False, features_only: bool = Fals
         raise ValueError('pass pretrained=True or checkpoint_path=, not both')
     base, _, tag = name.partition('.')
     if base not in _ENTRIES and is_model(base):
-        return _from_timm(name, pretrained, features_only, out_indices, in_chans, num_classes, img_size,
-                          checkpoint_path, overrides)
-    model = build(base, pretrained=pretrained, pretrained_cfg=tag or None, features_only=features_only,
-                  out_indices=out_indices, in_chans=in_chans, num_classes=num_classes, img_size=img_size, **overrides)
+        return _from_timm(
+            name, pretrained, features_only, out_indices, in_chans, num_classes, img_size, checkpoint_path, overrides
+        )
+    model = build(
+        base,
+        pretrained=pretrained,
+        pretrained_cfg=tag or None,
+        features_only=features_only,
+        out_indices=out_indices,
+        in_chans=in_chans,
+        num_classes=num_classes,
+        img_size=img_size,
+        **overrides,
+    )
     if checkpoint_path:
         load_checkpoint(model, checkpoint_path)
     return model
 
 
-def build(name: str, *, pretrained: bool = False, pretrained_cfg: Any = None,
-          pretrained_cfg_overlay: Mapping[str, Any] | None = None, cache_dir: Any = None,
-          **overrides: Any) -> nn.Module:
+def build(
+    name: str,
+    *,
+    pretrained: bool = False,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: Mapping[str, Any] | None = None,
+    cache_dir: Any = None,
+    **overrides: Any,
+) -> nn.Module:
     """What `create_model` and timm's door have in common.
 
     Args:
@@ -161,8 +229,10 @@ def build(name: str, *, pretrained: bool = False, pretrained_cfg: Any = None,
     accepted = inspect.signature(entry.cls).parameters
     for key in arguments:
         if key not in accepted:
-            raise TypeError(f'{name} has no argument {key}={overrides[key]!r}{nearest(key, accepted)}; '
-                            f'it takes {", ".join(accepted)}')
+            raise TypeError(
+                f'{name} has no argument {key}={overrides[key]!r}{nearest(key, accepted)}; '
+                f'it takes {", ".join(accepted)}'
+            )
     model = entry.cls(**arguments)
     model.pretrained_cfg = model.default_cfg = cfg.to_dict()
     model.metadata = {**metadata, **({'recipe': dict(entry.recipe)} if entry.recipe else {})}
@@ -186,16 +256,19 @@ def constructor_arguments(name: str) -> dict[str, inspect.Parameter]:
 
 def _entry(name: str) -> Entry:
     if name not in _ENTRIES:
-        raise ValueError(f'no model is called {name!r}{nearest(name, [*_ENTRIES, *timm.list_models()])}; '
-                         'list_models() names them all')
+        raise ValueError(
+            f'no model is called {name!r}{nearest(name, [*_ENTRIES, *timm.list_models()])}; '
+            'list_models() names them all'
+        )
     return _ENTRIES[name]
 
 
 def _resolve_cfg(entry: Entry, wanted: Any, overlay: Mapping[str, Any]) -> tuple[PretrainedCfg, Mapping[str, Any]]:
     if isinstance(wanted, str) and wanted not in entry.weights:
         known = ', '.join(entry.weights) or 'none'
-        raise ValueError(f'{entry.name} has no weights called {wanted!r}{nearest(wanted, entry.weights)}; '
-                         f'it has {known}')
+        raise ValueError(
+            f'{entry.name} has no weights called {wanted!r}{nearest(wanted, entry.weights)}; it has {known}'
+        )
     if isinstance(wanted, str) or wanted is None:
         chosen = entry.weights[wanted] if wanted else next(iter(entry.weights.values()), Weights(PretrainedCfg(), {}))
         cfg, metadata = chosen.cfg, chosen.metadata
@@ -204,9 +277,17 @@ def _resolve_cfg(entry: Entry, wanted: Any, overlay: Mapping[str, Any]) -> tuple
     return replace(cfg, architecture=entry.name, **overlay), metadata
 
 
-def _from_timm(name: str, pretrained: bool, features_only: bool, out_indices: int | Sequence[int], in_chans: int,
-               num_classes: int, img_size: int | tuple[int, int] | None, checkpoint_path: str,
-               overrides: Mapping[str, Any]) -> nn.Module:
+def _from_timm(
+    name: str,
+    pretrained: bool,
+    features_only: bool,
+    out_indices: int | Sequence[int],
+    in_chans: int,
+    num_classes: int,
+    img_size: int | tuple[int, int] | None,
+    checkpoint_path: str,
+    overrides: Mapping[str, Any],
+) -> nn.Module:
     """timm's model; in dense form our stages 0 to 3 are its maps with strides 4 to 32."""
     kwargs: dict[str, Any] = dict(overrides, in_chans=in_chans)
     if img_size is not None:
@@ -215,14 +296,22 @@ def _from_timm(name: str, pretrained: bool, features_only: bool, out_indices: in
         return timm.create_model(name, pretrained, checkpoint_path=checkpoint_path, num_classes=num_classes, **kwargs)
     pyramid = _timm_on_meta(name)
     if getattr(pyramid, 'output_fmt', None) == Format.NHWC:
-        kwargs['feature_cls'] = 'getter'                # timm's own way to (B, C, H, W) maps
+        kwargs['feature_cls'] = 'getter'  # timm's own way to (B, C, H, W) maps
     levels = {info['reduction']: i for i, info in enumerate(pyramid.feature_info.info)}
     chosen = [Hierarchical.strides[i] for i in normalise_indices(out_indices, 4)]
     if any(stride not in levels for stride in chosen):
-        raise ValueError(f'{name} has maps with strides {", ".join(map(str, levels))}; '
-                         f'{out_indices=} asks for {", ".join(map(str, chosen))}')
-    return timm.create_model(name, pretrained, checkpoint_path=checkpoint_path, features_only=True,
-                             out_indices=[levels[stride] for stride in chosen], **kwargs)
+        raise ValueError(
+            f'{name} has maps with strides {", ".join(map(str, levels))}; '
+            f'{out_indices=} asks for {", ".join(map(str, chosen))}'
+        )
+    return timm.create_model(
+        name,
+        pretrained,
+        checkpoint_path=checkpoint_path,
+        features_only=True,
+        out_indices=[levels[stride] for stride in chosen],
+        **kwargs,
+    )
 
 
 def _timm_on_meta(name: str) -> Any:

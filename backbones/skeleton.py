@@ -5,6 +5,7 @@ pyramid, the classifier, any-size padding, activation checkpointing, parameter g
 belong to the family: anything that maps (B, H, W, C) to (B, H, W, C). Maps at stage borders are contiguous (B, H, W,
 C) tensors, whose (B, C, H, W) view has channels_last strides, so convolutions read them without a copy.
 """
+
 # B batch, C channels, H W size of the current stage, K classes
 import itertools
 import re
@@ -33,20 +34,33 @@ class Hierarchical(nn.Module):
 
     sizes: AnySize | FixedSize = AnySize()
     strides: ClassVar[tuple[int, ...]] = (4, 8, 16, 32)
-    min_dynamic_size: ClassVar[int] = 33            # smallest height and width of an export with dynamic sizes
-    new_in_dense: ClassVar[tuple[str, ...]] = ('output_norms.',)        # keys that classifier weights lack
-    classifier_keys: ClassVar[tuple[str, ...]] = ('norm.', 'head.')     # keys that the dense form lacks
+    min_dynamic_size: ClassVar[int] = 33  # smallest height and width of an export with dynamic sizes
+    new_in_dense: ClassVar[tuple[str, ...]] = ('output_norms.',)  # keys that classifier weights lack
+    classifier_keys: ClassVar[tuple[str, ...]] = ('norm.', 'head.')  # keys that the dense form lacks
     # arguments of a small copy, for tests and dry runs
     reduced: ClassVar[dict[str, Any]] = {'depths': (1, 1, 2, 1), 'dims': (32, 64, 96, 128)}
-    norm_first = False                              # the classifier's norm acts on the map, before pooling
+    init = 'published'  # of new weights, see `init_weights`
+    norm_first = False  # the classifier's norm acts on the map, before pooling
 
     default_cfg: dict[str, Any]
     pretrained_cfg: dict[str, Any]
     metadata: dict[str, Any]
 
-    def assemble(self, *, dims: Sequence[int], downsamplings: Sequence[nn.Module], stages: Sequence[Stage],
-                 output_norm: NormFactory | None, norm: NormFactory, head: str, in_chans: int, num_classes: int,
-                 drop_rate: float, features_only: bool, out_indices: int | Sequence[int]) -> None:
+    def assemble(
+        self,
+        *,
+        dims: Sequence[int],
+        downsamplings: Sequence[nn.Module],
+        stages: Sequence[Stage],
+        output_norm: NormFactory | None,
+        norm: NormFactory,
+        head: str,
+        in_chans: int,
+        num_classes: int,
+        drop_rate: float,
+        features_only: bool,
+        out_indices: int | Sequence[int],
+    ) -> None:
         """Puts the parts in place; called once, at the end of a family's constructor.
 
         Args:
@@ -74,11 +88,13 @@ class Hierarchical(nn.Module):
         self.stages = nn.ModuleList(nn.ModuleList(blocks) for blocks in stages[:kept])
         self.feature_info = FeatureInfo(
             [{'num_chs': dims[s], 'reduction': self.strides[s], 'module': f'stages.{s}'} for s in range(count)],
-            self.out_indices)
+            self.out_indices,
+        )
         if features_only:
             self.num_classes = 0
-            self.absent_keys = tuple(f'{part}.{s}.' for s in range(kept, count)
-                                     for part in ('downsample_layers', 'stages'))
+            self.absent_keys = tuple(
+                f'{part}.{s}.' for s in range(kept, count) for part in ('downsample_layers', 'stages')
+            )
             if output_norm is not None:
                 self.output_norms = nn.ModuleDict({str(s): output_norm(dims[s]) for s in self.out_indices})
                 self.absent_keys += tuple(f'output_norms.{s}.' for s in range(count) if s not in self.out_indices)
@@ -115,9 +131,15 @@ class Hierarchical(nn.Module):
             x = self.norm(x)
         return self.head(x, pre_logits=pre_logits)
 
-    def forward_intermediates(self, x: Tensor, indices: int | Sequence[int] | None = None, norm: bool = False,
-                              stop_early: bool = False, output_fmt: str = 'NCHW',
-                              intermediates_only: bool = False) -> Any:
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+    ) -> Any:
         """Maps of stages, as timm defines it.
 
         Args:
@@ -155,7 +177,7 @@ class Hierarchical(nn.Module):
         return to_first(x), maps
 
     def _run(self, blocks: nn.Module, x: Tensor) -> Tensor:
-        for block in blocks:                                                    # type: ignore[attr-defined]
+        for block in blocks:  # type: ignore[attr-defined]
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
             else:
@@ -205,9 +227,14 @@ class Hierarchical(nn.Module):
         return set()
 
     def init_weights(self, module: nn.Module) -> None:
-        """Initialises one module; families apply it to all of theirs."""
+        """Initialises one module; families apply it to all of theirs.
+
+        'published': truncated normal with deviation 0.02, whatever the width. 'fan_in': deviation fan_in ** -0.5, which
+        keeps the scale of the signal in narrow networks; short trainings from scratch start at once.
+        """
         if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.trunc_normal_(module.weight, std=0.02)
+            std = 0.02 if self.init == 'published' else module.weight[0].numel() ** -0.5
+            nn.init.trunc_normal_(module.weight, std=std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
@@ -241,8 +268,9 @@ def normalise_indices(indices: int | Sequence[int], count: int) -> tuple[int, ..
     return chosen
 
 
-def check_stages(depths: Sequence[int], dims: Sequence[int],
-                 stages: int = 4) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def check_stages(
+    depths: Sequence[int], dims: Sequence[int], stages: int = 4
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """`depths` and `dims` as tuples of positive numbers, one per stage.
 
     Raises:
@@ -269,9 +297,11 @@ def per_stage(name: str, value: Any, stages: int = 4) -> tuple[Any, ...]:
 
 def rename(state: dict[str, Tensor], rules: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
     """Renames the keys of a state dict by the first rule (pattern, replacement) that matches at their start."""
+
     def new_name(key: str) -> str:
         for pattern, replacement in rules:
             if re.match(pattern, key):
                 return re.sub('^' + pattern.removeprefix('^'), replacement, key, count=1)
         return key
+
     return {new_name(key): value for key, value in state.items()}

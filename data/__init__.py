@@ -1,7 +1,7 @@
 """Datasets, transforms, samplers and the built-in demo data. Knows no model and no training framework.
 
-    dataset = CocoDetection(root='demo:detection', split='train', transforms=[dict(type=v2.RandomHorizontalFlip)])
-    sample = dataset[(index, draw)]     # {'image': (3, H, W) uint8 RGB, 'target': dict}; augmented by (seed, draw)
+dataset = CocoDetection(root='demo:detection', split='train', transforms=[dict(type=v2.RandomHorizontalFlip)])
+sample = dataset[(index, draw)]     # {'image': (3, H, W) uint8 RGB, 'target': dict}; augmented by (seed, draw)
 """
 
 from .base import ImageDataset

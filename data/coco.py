@@ -95,8 +95,10 @@ class CocoDetection(ImageDataset):
         if not self.root.is_dir():
             raise DataError(f'root={str(self.root)!r} is not a folder')
         looked = ', '.join(f'{a} with {b}' for a, b in dict.fromkeys(tried))
-        raise DataError(f'{type(self).__name__}: no images with annotations for split={self.split!r} in '
-                        f'root={str(self.root)!r}; looked for {looked}; pass images= and ann_file=')
+        raise DataError(
+            f'{type(self).__name__}: no images with annotations for split={self.split!r} in '
+            f'root={str(self.root)!r}; looked for {looked}; pass images= and ann_file='
+        )
 
     def _index(
         self,
@@ -198,8 +200,10 @@ class CocoDetection(ImageDataset):
         if (height, width) != expected:
             turned = '; it looks rotated by EXIF: annotations drawn on unrotated pixels need exif=False'
             hint = turned if (width, height) == expected and self._exif else ''
-            raise DataError(f'{self.file(record)}: the picture is {width}x{height}, but the annotations say '
-                            f'{expected[1]}x{expected[0]}{hint}')
+            raise DataError(
+                f'{self.file(record)}: the picture is {width}x{height}, but the annotations say '
+                f'{expected[1]}x{expected[0]}{hint}'
+            )
 
     def _masks(self, shapes: list[Any], height: int, width: int) -> Tensor:
         if not shapes:
@@ -249,7 +253,12 @@ class _Parsed:
     """Lists per image made from the JSON: files, ids, sizes, rows of (box, label, crowd, segmentation)."""
 
     def __init__(
-        self, data: dict[str, Any], path: pathlib.Path, masks: bool, classes: Sequence[str] | None, keep_crowd: bool,
+        self,
+        data: dict[str, Any],
+        path: pathlib.Path,
+        masks: bool,
+        classes: Sequence[str] | None,
+        keep_crowd: bool,
         bad_boxes: str,
     ) -> None:
         self._path, self._masks, self._raise_boxes = path, masks, bad_boxes == 'raise'
@@ -305,8 +314,13 @@ class _Parsed:
             elif number in place:
                 self.problems.append((file, f'image id {number} is used twice'))
             elif not (_positive(image.get('width')) and _positive(image.get('height'))):
-                self.problems.append((file, f'width and height must be positive integers, got {image.get("width")!r} '
-                                            f'and {image.get("height")!r}'))
+                self.problems.append(
+                    (
+                        file,
+                        f'width and height must be positive integers, got {image.get("width")!r} '
+                        f'and {image.get("height")!r}',
+                    )
+                )
             else:
                 place[number] = len(self.files)
                 self.files.append(file)
@@ -368,8 +382,11 @@ class _Parsed:
     def warn_of_fixes(self, stacklevel: int) -> None:
         if self.dropped or self.clipped:
             first = (self.dropped or self.clipped)[0]
-            warnings.warn(f'{self._path}: {len(self.dropped)} boxes of zero area or outside the picture dropped, '
-                          f'{len(self.clipped)} clipped at its border; first: {first}', stacklevel=stacklevel)
+            warnings.warn(
+                f'{self._path}: {len(self.dropped)} boxes of zero area or outside the picture dropped, '
+                f'{len(self.clipped)} clipped at its border; first: {first}',
+                stacklevel=stacklevel,
+            )
 
 
 def _positive(value: Any) -> bool:

@@ -74,8 +74,10 @@ class MixCollate:
         if any(not isinstance(label, int) for label in labels):
             raise DataError('mixup and cutmix need classification samples with an integer label')
         if max(labels) >= self.num_classes:
-            raise DataError(f'label {max(labels)} of {targets[labels.index(max(labels))]["file"]} is not below '
-                            f'num_classes={self.num_classes} of mix')
+            raise DataError(
+                f'label {max(labels)} of {targets[labels.index(max(labels))]["file"]} is not below '
+                f'num_classes={self.num_classes} of mix'
+            )
         sizes = {tuple(image.shape) for image in images}
         if len(sizes) > 1:
             raise DataError(f'mixup and cutmix need images of one size, got {sorted(sizes)}; crop them to one size')

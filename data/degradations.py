@@ -29,8 +29,9 @@ class _Degradation(abc.ABC):
     def __call__(self, image: Tensor) -> Tensor:
         """image: float (3, H, W) or (1, H, W) in [0, 1], RGB -> degraded, same shape, dtype and device."""
         if image.ndim != 3 or not image.is_floating_point():
-            raise ValueError(f'{type(self).__name__} takes a float (C, H, W) image in [0, 1], '
-                             f'got {tuple(image.shape)} {image.dtype}')
+            raise ValueError(
+                f'{type(self).__name__} takes a float (C, H, W) image in [0, 1], got {tuple(image.shape)} {image.dtype}'
+            )
         return self.degrade(image)
 
     @abc.abstractmethod
@@ -83,8 +84,14 @@ class Blur(_Degradation):
         angle: of the line in degrees, 0 = horizontal, counter-clockwise.
     """
 
-    def __init__(self, *, kind: str = 'gaussian', sigma: Range = (0.6, 2.5), length: Range = (5.0, 15.0),
-                 angle: Range = (0.0, 180.0)) -> None:
+    def __init__(
+        self,
+        *,
+        kind: str = 'gaussian',
+        sigma: Range = (0.6, 2.5),
+        length: Range = (5.0, 15.0),
+        angle: Range = (0.0, 180.0),
+    ) -> None:
         if kind not in ('gaussian', 'motion'):
             raise ValueError(f"kind must be 'gaussian' or 'motion', got {kind=}")
         self.kind = kind
@@ -127,8 +134,14 @@ class Rain(_Degradation):
         strength: 0..1.
     """
 
-    def __init__(self, *, density: Range = (0.002, 0.008), length: Range = (9.0, 19.0), angle: Range = (70.0, 110.0),
-                 strength: Range = (0.5, 0.9)) -> None:
+    def __init__(
+        self,
+        *,
+        density: Range = (0.002, 0.008),
+        length: Range = (9.0, 19.0),
+        angle: Range = (70.0, 110.0),
+        strength: Range = (0.5, 0.9),
+    ) -> None:
         self.density = _range('density', density, 0, 1)
         self.length = _range('length', length, 1, 200)
         self.angle = _range('angle', angle, -360, 360)
@@ -148,8 +161,9 @@ class Snow(_Degradation):
         strength: opacity of a flake's middle, 0..1.
     """
 
-    def __init__(self, *, density: Range = (0.005, 0.02), radius: Range = (2.0, 4.5), strength: Range = (0.7, 1.0)
-                 ) -> None:
+    def __init__(
+        self, *, density: Range = (0.005, 0.02), radius: Range = (2.0, 4.5), strength: Range = (0.7, 1.0)
+    ) -> None:
         self.density = _range('density', density, 0, 1)
         self.radius = _range('radius', radius, 0.2, 50)
         self.strength = _range('strength', strength, 0, 1)
@@ -226,8 +240,9 @@ def _range(name: str, value: Range, low: float, high: float) -> tuple[float, flo
     pair = tuple(value) if isinstance(value, Sequence) else (value, value)
     numbers = len(pair) == 2 and all(isinstance(end, int | float) and not isinstance(end, bool) for end in pair)
     if not numbers or not low <= pair[0] <= pair[1] <= high:
-        raise ValueError(f'{name} must be a number or a range (low, high) within {low:g}..{high:g}, '
-                         f'got {name}={value!r}')
+        raise ValueError(
+            f'{name} must be a number or a range (low, high) within {low:g}..{high:g}, got {name}={value!r}'
+        )
     return float(pair[0]), float(pair[1])
 
 

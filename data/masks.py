@@ -106,8 +106,9 @@ class MaskFolder(ImageDataset):
         return self._masks / self._pairs[record][1]
 
     def inspect(self, record: int) -> None:
-        self._same_size(record, probe(self.file(record), exif=self._exif),
-                        probe(self.mask_file(record), exif=self._exif))
+        self._same_size(
+            record, probe(self.file(record), exif=self._exif), probe(self.mask_file(record), exif=self._exif)
+        )
 
     def read(self, record: int) -> Sample:
         image = read_image(self.file(record), exif=self._exif)
@@ -120,8 +121,10 @@ class MaskFolder(ImageDataset):
 
     def _same_size(self, record: int, image: Sequence[int], mask: Sequence[int]) -> None:
         if tuple(image) != tuple(mask):
-            raise DataError(f'{self.file(record)}: mask of another size: the picture is {image[1]}x{image[0]}, '
-                            f'{self.mask_file(record)} is {mask[1]}x{mask[0]}')
+            raise DataError(
+                f'{self.file(record)}: mask of another size: the picture is {image[1]}x{image[0]}, '
+                f'{self.mask_file(record)} is {mask[1]}x{mask[0]}'
+            )
 
     def _ids(self, path: pathlib.Path) -> np.ndarray:
         """Class ids (H, W) uint8 of a mask file."""
@@ -137,8 +140,10 @@ class MaskFolder(ImageDataset):
         if unknown.any():
             found = ', '.join(map(str, np.unique(stored[unknown])[:5]))
             allowed = np.flatnonzero(self._table != _UNKNOWN)
-            raise DataError(f'{path}: class id {found} is not in the {len(self.metainfo["classes"])} classes '
-                            f'(allowed in the file: {_ranges(allowed)})')
+            raise DataError(
+                f'{path}: class id {found} is not in the {len(self.metainfo["classes"])} classes '
+                f'(allowed in the file: {_ranges(allowed)})'
+            )
         return mask
 
     def _from_colours(self, stored: np.ndarray, path: pathlib.Path) -> np.ndarray:
@@ -153,8 +158,10 @@ class MaskFolder(ImageDataset):
         if (mask == _UNKNOWN).any():
             code = int(codes[mask == _UNKNOWN][0])
             colour = (code >> 16, code >> 8 & 255, code & 255)
-            raise DataError(f'{path}: colour {colour} is not in the palette of {len(self._colours)} classes; pass '
-                            'palette= or store class ids in one channel')
+            raise DataError(
+                f'{path}: colour {colour} is not in the palette of {len(self._colours)} classes; pass '
+                'palette= or store class ids in one channel'
+            )
         return mask
 
 
@@ -262,8 +269,10 @@ def _meaning(
         lines = (root / 'classes.txt').read_text(encoding='utf-8').splitlines()
         classes = [line.strip() for line in lines if line.strip()]
     if not classes:
-        raise DataError(f'the names of the classes are needed: pass classes=(...), or write them, one per line in id '
-                        f'order, into {root / "classes.txt"}')
+        raise DataError(
+            f'the names of the classes are needed: pass classes=(...), or write them, one per line in id '
+            f'order, into {root / "classes.txt"}'
+        )
     colours = [(int(r), int(g), int(b)) for r, g, b in palette] if palette else distinct_colours(len(classes))
     return tuple(str(name) for name in classes), colours
 

@@ -71,8 +71,9 @@ class PairedFolder(_Restoration):
         return self._targets / self._pairs[record][1]
 
     def inspect(self, record: int) -> None:
-        self._same_size(record, probe(self.file(record), exif=self._exif),
-                        probe(self.clean_file(record), exif=self._exif))
+        self._same_size(
+            record, probe(self.file(record), exif=self._exif), probe(self.clean_file(record), exif=self._exif)
+        )
 
     def read(self, record: int) -> Sample:
         image = _read(self.file(record), self._exif)
@@ -82,8 +83,10 @@ class PairedFolder(_Restoration):
 
     def _same_size(self, record: int, image: Sequence[int], clean: Sequence[int]) -> None:
         if tuple(image) != tuple(clean):
-            raise DataError(f'{self.file(record)}: the pair differs in size: input {image[1]}x{image[0]}, target '
-                            f'{self.clean_file(record)} {clean[1]}x{clean[0]}')
+            raise DataError(
+                f'{self.file(record)}: the pair differs in size: input {image[1]}x{image[0]}, target '
+                f'{self.clean_file(record)} {clean[1]}x{clean[0]}'
+            )
 
 
 class CleanFolder(_Restoration):

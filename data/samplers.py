@@ -36,8 +36,10 @@ class RestartableSampler(Sampler):
         whole = (batch_size or 1) * self.world_size
         self._per_pass = len(dataset) // whole * whole if batch_size else len(dataset)
         if self._per_pass == 0:
-            raise ValueError(f'dataset must hold a batch for every rank, got {len(dataset)} images for {batch_size=} '
-                             f'on {self.world_size} ranks')
+            raise ValueError(
+                f'dataset must hold a batch for every rank, got {len(dataset)} images for {batch_size=} '
+                f'on {self.world_size} ranks'
+            )
         self._start = 0
 
     def start_at(self, draw: int) -> None:

@@ -1,4 +1,5 @@
 """Backbones and whole tasks as torch.export programs, with dynamic batch and image size."""
+
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +13,14 @@ from ..kernels import use
 MAX_BATCH, MAX_SIZE = 1024, 8192
 
 
-def export_program(model: nn.Module, example: Tensor | Sequence[Tensor], *, dynamic_batch: bool = True,
-                   dynamic_size: bool = False, min_size: int | None = None) -> ExportedProgram:
+def export_program(
+    model: nn.Module,
+    example: Tensor | Sequence[Tensor],
+    *,
+    dynamic_batch: bool = True,
+    dynamic_size: bool = False,
+    min_size: int | None = None,
+) -> ExportedProgram:
     """The inference graph of a model.
 
     Args:
@@ -38,7 +45,7 @@ def export_program(model: nn.Module, example: Tensor | Sequence[Tensor], *, dyna
     smallest = min_size if min_size is not None else int(getattr(model, 'min_dynamic_size', 32))
     if dynamic_size:
         _check_dynamic(model, inputs[0], smallest)
-    if dynamic_batch and inputs[0].shape[0] == 1:       # a batch of one would be taken for a constant
+    if dynamic_batch and inputs[0].shape[0] == 1:  # a batch of one would be taken for a constant
         inputs = tuple(torch.cat([t, t]) for t in inputs)
     first: dict[int, Any] = {}
     others: dict[int, Any] = {}
@@ -51,8 +58,9 @@ def export_program(model: nn.Module, example: Tensor | Sequence[Tensor], *, dyna
     model.eval()
     try:
         with use('torch'), torch.no_grad(), symbolic_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-            return torch.export.export(model, inputs, dynamic_shapes=shapes,
-                                       prefer_deferred_runtime_asserts_over_guards=True)
+            return torch.export.export(
+                model, inputs, dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True
+            )
     finally:
         for module in was_training:
             module.training = True
@@ -61,8 +69,12 @@ def export_program(model: nn.Module, example: Tensor | Sequence[Tensor], *, dyna
 def _check_dynamic(model: nn.Module, images: Tensor, smallest: int) -> None:
     sizes = getattr(model, 'sizes', None)
     if sizes is not None and not sizes.dynamic:
-        raise ValueError(f'dynamic_size needs a model of any size, {type(model).__name__} takes {sizes.height_width} '
-                         f'alone: {sizes.why}')
+        raise ValueError(
+            f'dynamic_size needs a model of any size, {type(model).__name__} takes {sizes.height_width} '
+            f'alone: {sizes.why}'
+        )
     if min(images.shape[-2:]) < smallest:
-        raise ValueError(f'the example must be at least {smallest} pixels high and wide for an export with dynamic '
-                         f'sizes, got {tuple(images.shape)}')
+        raise ValueError(
+            f'the example must be at least {smallest} pixels high and wide for an export with dynamic '
+            f'sizes, got {tuple(images.shape)}'
+        )

@@ -4,6 +4,7 @@ Every head is built with keyword arguments from `feature_info` (channels and str
 tensors), `loss(features, targets)` (a dict of scalars; keys that start with `loss_` are summed) and
 `predict(features, sizes, original_sizes)` (one dict per picture).
 """
+
 from .classification import LinearClassifier, OwnClassifier
 from .fcos import FCOS
 from .fpn import FPN
@@ -13,5 +14,15 @@ from .restoration import UNetRestorer
 from .retinanet import RetinaNet
 from .semantic_fpn import SemanticFPN
 
-__all__ = ['FCOS', 'FPN', 'FeatureInfo', 'LinearClassifier', 'MaskRCNN', 'OwnClassifier', 'PyramidInfo', 'RetinaNet',
-           'SemanticFPN', 'UNetRestorer']
+__all__ = [
+    'FCOS',
+    'FPN',
+    'FeatureInfo',
+    'LinearClassifier',
+    'MaskRCNN',
+    'OwnClassifier',
+    'PyramidInfo',
+    'RetinaNet',
+    'SemanticFPN',
+    'UNetRestorer',
+]

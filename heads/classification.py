@@ -3,6 +3,7 @@
 Targets: dicts with `label`, an int in 0..K-1 or, after mixup/cutmix, a float tensor (K,) that sums to 1.
 Loss: cross-entropy with label smoothing (Szegedy et al. 2016). Results: {'scores': (K,) probabilities, 'label': int}.
 """
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,8 +33,10 @@ class OwnClassifier(nn.Module):
         """Logits (B, K)."""
         if not isinstance(features, Tensor) or features.ndim != 2 or features.shape[1] != self.num_classes:
             got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(f'features must be logits (B, {self.num_classes}), got {got}; '
-                             'build the backbone with this num_classes and without features_only')
+            raise ValueError(
+                f'features must be logits (B, {self.num_classes}), got {got}; '
+                'build the backbone with this num_classes and without features_only'
+            )
         return features
 
     def loss(self, features: Any, targets: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -45,8 +48,9 @@ class OwnClassifier(nn.Module):
             top1 = (logits.argmax(1) == hard).float().mean()
         return {'loss_cls': F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing), 'top1': top1}
 
-    def predict(self, features: Any, sizes: Sequence[Size] | None = None,
-                original_sizes: Sequence[Size] | None = None) -> list[dict[str, Any]]:
+    def predict(
+        self, features: Any, sizes: Sequence[Size] | None = None, original_sizes: Sequence[Size] | None = None
+    ) -> list[dict[str, Any]]:
         """One {'scores': (K,) float probabilities, 'label': int} per picture; sizes play no part."""
         scores = self(features).float().softmax(1)
         return [{'scores': row, 'label': label} for row, label in zip(scores, scores.argmax(1).tolist())]
@@ -63,8 +67,15 @@ class LinearClassifier(OwnClassifier):
         norm: LayerNorm on the pooled vector (the families' dense forms may lack the classifier's last norm).
     """
 
-    def __init__(self, *, feature_info: FeatureInfo, num_classes: int, label_smoothing: float = 0.0,
-                 dropout: float = 0.0, norm: bool = True):
+    def __init__(
+        self,
+        *,
+        feature_info: FeatureInfo,
+        num_classes: int,
+        label_smoothing: float = 0.0,
+        dropout: float = 0.0,
+        norm: bool = True,
+    ):
         super().__init__(num_classes=num_classes, label_smoothing=label_smoothing)
         self.inputs = PyramidInfo.of(feature_info)
         channels = self.inputs.channels()[-1]
@@ -91,10 +102,13 @@ def gather_labels(targets: Sequence[Mapping[str, Any]], num_classes: int, device
         if is_soft and label.shape[0] != num_classes:
             raise ValueError(f'soft label must have num_classes={num_classes} entries, got {label.shape[0]}')
         if not is_soft and not 0 <= int(label) < num_classes:
-            raise ValueError(f'label must be in 0..{num_classes - 1}, got {int(label)}; '
-                             f'is num_classes={num_classes} right?')
+            raise ValueError(
+                f'label must be in 0..{num_classes - 1}, got {int(label)}; is num_classes={num_classes} right?'
+            )
     if not any(soft):
         return torch.tensor([int(label) for label in labels], device=device)
-    rows = [label.float() if is_soft else F.one_hot(torch.tensor(int(label)), num_classes).float()
-            for label, is_soft in zip(labels, soft)]
+    rows = [
+        label.float() if is_soft else F.one_hot(torch.tensor(int(label)), num_classes).float()
+        for label, is_soft in zip(labels, soft)
+    ]
     return torch.stack([row.to(device) for row in rows])

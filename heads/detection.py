@@ -6,6 +6,7 @@ grid, so the overlaps of all boxes with it are one matrix, spread to (B, M, N) w
 
 B pictures, K classes, N anchors or points of all levels, T boxes of the batch, M boxes of the fullest picture.
 """
+
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -44,15 +45,19 @@ def gather_targets(targets: Sequence[Mapping[str, Any]], num_classes: int, devic
     for i, target in enumerate(targets):
         boxes, labels = target['boxes'], target['labels']
         if boxes.ndim != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
-            raise ValueError(f'targets[{i}] needs boxes (N, 4) and labels (N,), got {tuple(boxes.shape)} and '
-                             f'{tuple(labels.shape)}')
+            raise ValueError(
+                f'targets[{i}] needs boxes (N, 4) and labels (N,), got {tuple(boxes.shape)} and {tuple(labels.shape)}'
+            )
     boxes = torch.cat([t['boxes'].to(device, torch.float32) for t in targets] + [torch.zeros(1, 4, device=device)])
-    labels = torch.cat([t['labels'].to(device, torch.int64) for t in targets]
-                       + [torch.zeros(1, dtype=torch.int64, device=device)])
+    labels = torch.cat(
+        [t['labels'].to(device, torch.int64) for t in targets] + [torch.zeros(1, dtype=torch.int64, device=device)]
+    )
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
-        raise ValueError(f'labels must be in 0..{num_classes - 1} (there is no background class), got '
-                         f'{low if low < 0 else high}; is num_classes={num_classes} right?')
+        raise ValueError(
+            f'labels must be in 0..{num_classes - 1} (there is no background class), got '
+            f'{low if low < 0 else high}; is num_classes={num_classes} right?'
+        )
     return GroundTruth(boxes, labels, [len(t['boxes']) for t in targets])
 
 
@@ -68,8 +73,15 @@ class PyramidAnchors(AnchorGenerator):
             rounded up is less than their stride (320 // 3 = 106 for stride 128); True uses the strides as declared.
     """
 
-    def __init__(self, *, info: PyramidInfo, sizes: Sequence[Sequence[float]], aspect_ratios: Sequence[float],
-                 offset: float, exact_strides: bool):
+    def __init__(
+        self,
+        *,
+        info: PyramidInfo,
+        sizes: Sequence[Sequence[float]],
+        aspect_ratios: Sequence[float],
+        offset: float,
+        exact_strides: bool,
+    ):
         if len(sizes) != len(info) or not all(len(level) == len(sizes[0]) > 0 for level in sizes):
             raise ValueError(f'anchor_sizes needs as many sizes on each of the {len(info)} levels, got {sizes}')
         if not aspect_ratios or min(aspect_ratios) <= 0 or min(min(level) for level in sizes) <= 0:
@@ -96,10 +108,13 @@ class PyramidAnchors(AnchorGenerator):
         return self._cache[key]
 
     def _compute(self, grids: Sequence[Size], padded: Size, device: torch.device) -> list[Tensor]:
-        self.cell_anchors = [self.generate_anchors(s, r, torch.float32, device)
-                             for s, r in zip(self.sizes, self.aspect_ratios)]
-        steps = [(s, s) if self.exact_strides else (max(padded[0] // h, 1), max(padded[1] // w, 1))
-                 for s, (h, w) in zip(self.info.reduction(), grids)]
+        self.cell_anchors = [
+            self.generate_anchors(s, r, torch.float32, device) for s, r in zip(self.sizes, self.aspect_ratios)
+        ]
+        steps = [
+            (s, s) if self.exact_strides else (max(padded[0] // h, 1), max(padded[1] // w, 1))
+            for s, (h, w) in zip(self.info.reduction(), grids)
+        ]
         shift = [torch.tensor([w, h, w, h], device=device) * self.offset for h, w in steps]
         return [level + s for level, s in zip(self.grid_anchors(grids, steps), shift)]
 
@@ -126,7 +141,7 @@ def match_by_iou(truth: GroundTruth, anchors: Tensor, *, high: float, low: float
     `low_quality` each box also gets the anchors that overlap it most. Differs: a box that overlaps no anchor gets none
     (there it gets all).
     """
-    quality = spread(box_iou(truth.real, anchors), truth.counts, -1.0)           # (B, M, N)
+    quality = spread(box_iou(truth.real, anchors), truth.counts, -1.0)  # (B, M, N)
     best, index = quality.max(1)
     matched = torch.where(best >= high, index, torch.where(best >= low, IGNORED, BACKGROUND))
     if low_quality:
@@ -135,14 +150,15 @@ def match_by_iou(truth: GroundTruth, anchors: Tensor, *, high: float, low: float
     return matched
 
 
-def select_candidates(scores: Tensor, levels: Sequence[int], threshold: float,
-                      topk: int) -> tuple[Tensor, Tensor, Tensor]:
+def select_candidates(
+    scores: Tensor, levels: Sequence[int], threshold: float, topk: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Scores (N, K) of one picture -> (anchor, label, score) of those above threshold, at most topk of each level."""
     classes = scores.shape[1]
     flat = scores.reshape(-1)
     kept, start = [], 0
     for length in levels:
-        level = flat[start * classes:(start + length) * classes]
+        level = flat[start * classes : (start + length) * classes]
         index = (level > threshold).nonzero()[:, 0]
         if len(index) > topk:
             index = index[level[index].topk(topk).indices]
@@ -152,8 +168,17 @@ def select_candidates(scores: Tensor, levels: Sequence[int], threshold: float,
     return torch.div(index, classes, rounding_mode='floor'), index % classes, flat[index]
 
 
-def finish(boxes: Tensor, scores: Tensor, labels: Tensor, size: Size, original: Size | None, *, nms: float, limit: int,
-           min_size: float) -> dict[str, Tensor]:
+def finish(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    size: Size,
+    original: Size | None,
+    *,
+    nms: float,
+    limit: int,
+    min_size: float,
+) -> dict[str, Tensor]:
     """Clip to the valid size, drop boxes with a side <= min_size, NMS by class, best `limit`, scale to `original`."""
     boxes = clip_boxes_to_image(boxes, size)
     if min_size >= 0:

@@ -6,6 +6,7 @@ Differs from torchvision: labels are 0..K-1; boxes that clipping leaves empty ar
 distance that lies exactly on the border of two levels belongs to the finer one (there to none); points are matched for
 the whole batch at once.
 """
+
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -50,12 +51,29 @@ class FCOS(nn.Module):
         min_size: boxes with a side of at most so many pixels are dropped; negative keeps all.
     """
 
-    def __init__(self, *, feature_info: FeatureInfo, num_classes: int, channels: int | None = None, num_convs: int = 4,
-                 norm: str = 'group', center_radius: float | None = 1.5,
-                 size_ranges: Sequence[tuple[float, float]] | None = None, point_offset: float = 0.0,
-                 exact_strides: bool = False, box_loss: str = 'giou', box_weight: float = 1.0,
-                 focal_alpha: float = 0.25, focal_gamma: float = 2.0, prior: float = 0.01, score_threshold: float = 0.2,
-                 nms_threshold: float = 0.6, topk: int = 1000, detections: int = 100, min_size: float = 0.0):
+    def __init__(
+        self,
+        *,
+        feature_info: FeatureInfo,
+        num_classes: int,
+        channels: int | None = None,
+        num_convs: int = 4,
+        norm: str = 'group',
+        center_radius: float | None = 1.5,
+        size_ranges: Sequence[tuple[float, float]] | None = None,
+        point_offset: float = 0.0,
+        exact_strides: bool = False,
+        box_loss: str = 'giou',
+        box_weight: float = 1.0,
+        focal_alpha: float = 0.25,
+        focal_gamma: float = 2.0,
+        prior: float = 0.01,
+        score_threshold: float = 0.2,
+        nms_threshold: float = 0.6,
+        topk: int = 1000,
+        detections: int = 100,
+        min_size: float = 0.0,
+    ):
         super().__init__()
         self.inputs = PyramidInfo.of(feature_info)
         self.num_classes = positive('num_classes', num_classes)
@@ -70,13 +88,20 @@ class FCOS(nn.Module):
 
         strides = self.inputs.reduction()
         if size_ranges is None:
-            size_ranges = [(0.0 if i == 0 else 4.0 * s, math.inf if i == len(strides) - 1 else 8.0 * s)
-                           for i, s in enumerate(strides)]
+            size_ranges = [
+                (0.0 if i == 0 else 4.0 * s, math.inf if i == len(strides) - 1 else 8.0 * s)
+                for i, s in enumerate(strides)
+            ]
         if len(size_ranges) != len(strides) or any(not 0 <= low < high for low, high in size_ranges):
             raise ValueError(f'size_ranges needs one 0 <= low < high per level ({len(strides)}), got {size_ranges}')
         self.size_ranges = [(float(low), float(high)) for low, high in size_ranges]
-        self.anchors = det.PyramidAnchors(info=self.inputs, sizes=[(s,) for s in strides], aspect_ratios=(1.0,),
-                                          offset=point_offset, exact_strides=exact_strides)
+        self.anchors = det.PyramidAnchors(
+            info=self.inputs,
+            sizes=[(s,) for s in strides],
+            aspect_ratios=(1.0,),
+            offset=point_offset,
+            exact_strides=exact_strides,
+        )
         width = self.inputs.same_channels('FCOS')
         channels = positive('channels', width if channels is None else channels)
         # Built without towers (they would insist on multiples of 32 channels); ours have the same keys.
@@ -109,29 +134,37 @@ class FCOS(nn.Module):
         boxes = self.box_coder.decode(distances[picture, point], points[point])
         loss_box = _IOU_LOSSES[self.box_loss](boxes, truth.boxes[row], reduction='sum')
         sides = self.box_coder.encode(points[point], truth.boxes[row])
-        loss_centerness = F.binary_cross_entropy_with_logits(centerness[picture, point, 0], centre_weight(sides),
-                                                             reduction='sum')
-        return {'loss_cls': loss_cls / count, 'loss_box': self.box_weight * loss_box / count,
-                'loss_centerness': loss_centerness / count}
+        loss_centerness = F.binary_cross_entropy_with_logits(
+            centerness[picture, point, 0], centre_weight(sides), reduction='sum'
+        )
+        return {
+            'loss_cls': loss_cls / count,
+            'loss_box': self.box_weight * loss_box / count,
+            'loss_centerness': loss_centerness / count,
+        }
 
     def _match(self, truth: det.GroundTruth, points: Tensor, lengths: Sequence[int]) -> Tensor:
         """(B, N) int64: the smallest of the picture's boxes that each point may predict, or BACKGROUND."""
-        boxes = truth.real[:, None]                                                     # (T, 1, 4)
+        boxes = truth.real[:, None]  # (T, 1, 4)
         centre, size = (points[:, :2] + points[:, 2:]) / 2, points[:, 2] - points[:, 0]
-        sides = torch.cat([centre - boxes[..., :2], boxes[..., 2:] - centre], 2)        # (T, N, 4)
-        low, high = torch.tensor(self.size_ranges, device=points.device).repeat_interleave(
-            torch.tensor(lengths, device=points.device), 0).unbind(1)
+        sides = torch.cat([centre - boxes[..., :2], boxes[..., 2:] - centre], 2)  # (T, N, 4)
+        low, high = (
+            torch.tensor(self.size_ranges, device=points.device)
+            .repeat_interleave(torch.tensor(lengths, device=points.device), 0)
+            .unbind(1)
+        )
         farthest = sides.amax(2)
         allowed = (sides.amin(2) > 0) & (farthest > low) & (farthest <= high)
         if self.center_radius is not None:
             off = (centre - (boxes[..., :2] + boxes[..., 2:]) / 2).abs().amax(2)
             allowed &= off < self.center_radius * size
-        area = (boxes[..., 2:] - boxes[..., :2]).prod(2)                                # (T, 1)
+        area = (boxes[..., 2:] - boxes[..., :2]).prod(2)  # (T, 1)
         smallest, index = det.spread(torch.where(allowed, area, math.inf), truth.counts, math.inf).min(1)
         return torch.where(smallest < math.inf, index, det.BACKGROUND)
 
-    def predict(self, features: Sequence[Tensor], sizes: Sequence[Size],
-                original_sizes: Sequence[Size] | None = None) -> list[dict[str, Tensor]]:
+    def predict(
+        self, features: Sequence[Tensor], sizes: Sequence[Size], original_sizes: Sequence[Size] | None = None
+    ) -> list[dict[str, Tensor]]:
         """One {'boxes' (n, 4) xyxy, 'scores' (n,), 'labels' (n,)} per picture, best first, inside its valid size."""
         logits, distances, centerness = (x.float() for x in self(features))
         check_sizes(sizes, len(logits), self.inputs.padded_size(features), original_sizes)
@@ -143,8 +176,18 @@ class FCOS(nn.Module):
             valid = scores[i] * det.centres_inside(points, size)[:, None]
             point, label, score = det.select_candidates(valid, lengths, self.score_threshold, self.topk)
             boxes = self.box_coder.decode(distances[i, point], points[point])
-            results.append(det.finish(boxes, score, label, size, original_sizes[i] if original_sizes else None,
-                                      nms=self.nms_threshold, limit=self.detections, min_size=self.min_size))
+            results.append(
+                det.finish(
+                    boxes,
+                    score,
+                    label,
+                    size,
+                    original_sizes[i] if original_sizes else None,
+                    nms=self.nms_threshold,
+                    limit=self.detections,
+                    min_size=self.min_size,
+                )
+            )
         return results
 
 
@@ -158,7 +201,7 @@ def _tower(in_channels: int, channels: int, num_convs: int, norm: str) -> nn.Seq
     """(3x3 convolution with bias, norm, ReLU) in a flat Sequential as torchvision has it, normal std 0.01."""
     layer = norm_layer(choose('norm', norm, ('none', 'group')))
     if num_convs < 1 and in_channels != channels:
-        raise ValueError(f'num_convs=0 needs channels equal to the maps\' width {in_channels}, got channels={channels}')
+        raise ValueError(f"num_convs=0 needs channels equal to the maps' width {in_channels}, got channels={channels}")
     layers: list[nn.Module] = []
     for i in range(num_convs):
         conv = nn.Conv2d(in_channels if i == 0 else channels, channels, 3, padding=1)

@@ -3,6 +3,7 @@
 Keys are torchvision's (inner_blocks.i.0, layer_blocks.i.0, extra_blocks.p6); `convert` takes MMDetection's and
 MMSegmentation's names. Upsampling is nearest, to the finer map's size.
 """
+
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -45,8 +46,16 @@ class FPN(FeaturePyramidNetwork):
     `feature_info` describes the outgoing maps.
     """
 
-    def __init__(self, *, feature_info: FeatureInfo, out_channels: int = 256, extra: str = 'none',
-                 extra_source: str = 'output', extra_relu: bool = True, norm: str = 'none'):
+    def __init__(
+        self,
+        *,
+        feature_info: FeatureInfo,
+        out_channels: int = 256,
+        extra: str = 'none',
+        extra_source: str = 'output',
+        extra_relu: bool = True,
+        norm: str = 'none',
+    ):
         info = PyramidInfo.of(feature_info)
         choose('extra', extra, ('none', 'maxpool', 'p6p7'))
         choose('extra_source', extra_source, ('output', 'input'))

@@ -1,4 +1,5 @@
 """Losses for several heads: Dice (Milletari et al. 2016), Lovasz-Softmax (Berman et al. 2018), Charbonnier."""
+
 import torch
 from torch import Tensor
 
@@ -13,7 +14,7 @@ def soft_dice(logits: Tensor, labels: Tensor, known: Tensor, eps: float = 1.0) -
         eps: added to numerator and denominator, in pixels.
     """
     classes = logits.shape[1]
-    probabilities = logits.softmax(1).permute(0, 2, 3, 1)[known]         # (N, K)
+    probabilities = logits.softmax(1).permute(0, 2, 3, 1)[known]  # (N, K)
     labels = labels[known]
     size = labels.bincount(minlength=classes).to(probabilities)
     true = probabilities.gather(1, labels[:, None])[:, 0]
@@ -25,12 +26,12 @@ def soft_dice(logits: Tensor, labels: Tensor, known: Tensor, eps: float = 1.0) -
 
 def lovasz_softmax(logits: Tensor, labels: Tensor, known: Tensor) -> Tensor:
     """The convex surrogate of 1 - mean IoU over the classes present (arguments: soft_dice); sorts all pixels."""
-    probabilities = logits.softmax(1).permute(0, 2, 3, 1)[known]         # (N, K)
+    probabilities = logits.softmax(1).permute(0, 2, 3, 1)[known]  # (N, K)
     labels = labels[known]
     present = labels.bincount(minlength=logits.shape[1]).nonzero()[:, 0]
     if not len(present):
         return logits.sum() * 0
-    truth = (labels[None] == present[:, None]).to(probabilities)         # (classes present, N)
+    truth = (labels[None] == present[:, None]).to(probabilities)  # (classes present, N)
     errors = (truth - probabilities.t()[present]).abs()
     errors, order = errors.sort(1, descending=True)
     truth = truth.gather(1, order)

@@ -8,6 +8,7 @@ Differs from torchvision: scales of the maps come from feature_info (there they 
 wrongly where a picture is smaller than the padded batch); boxes without area are left out of training; results carry
 bool masks.
 """
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,37 +55,77 @@ class MaskRCNN(nn.Module):
         mask_threshold: masks are True from this probability on; None returns the probabilities (float) instead.
     """
 
-    def __init__(self, *, feature_info: FeatureInfo, num_classes: int, masks: bool = True, anchor_scale: float = 8.0,
-                 anchor_sizes: Sequence[Sequence[float]] | None = None,
-                 aspect_ratios: Sequence[float] = (0.5, 1.0, 2.0), anchor_offset: float = 0.0,
-                 exact_strides: bool = False, rpn_convs: int = 1, rpn_pre_nms: tuple[int, int] = (2000, 1000),
-                 rpn_post_nms: tuple[int, int] = (2000, 1000), rpn_nms_threshold: float = 0.7,
-                 rpn_foreground_iou: float = 0.7, rpn_background_iou: float = 0.3, rpn_batch: int = 256,
-                 rpn_positive: float = 0.5, roi_levels: Sequence[int] | None = None, roi_scale: float = 224.0,
-                 box_pool: int = 7, box_channels: int = 1024, roi_foreground_iou: float = 0.5, roi_batch: int = 512,
-                 roi_positive: float = 0.25, mask_pool: int = 14, mask_channels: int = 256, mask_convs: int = 4,
-                 score_threshold: float = 0.05, nms_threshold: float = 0.5, detections: int = 100,
-                 mask_threshold: float | None = 0.5):
+    def __init__(
+        self,
+        *,
+        feature_info: FeatureInfo,
+        num_classes: int,
+        masks: bool = True,
+        anchor_scale: float = 8.0,
+        anchor_sizes: Sequence[Sequence[float]] | None = None,
+        aspect_ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        anchor_offset: float = 0.0,
+        exact_strides: bool = False,
+        rpn_convs: int = 1,
+        rpn_pre_nms: tuple[int, int] = (2000, 1000),
+        rpn_post_nms: tuple[int, int] = (2000, 1000),
+        rpn_nms_threshold: float = 0.7,
+        rpn_foreground_iou: float = 0.7,
+        rpn_background_iou: float = 0.3,
+        rpn_batch: int = 256,
+        rpn_positive: float = 0.5,
+        roi_levels: Sequence[int] | None = None,
+        roi_scale: float = 224.0,
+        box_pool: int = 7,
+        box_channels: int = 1024,
+        roi_foreground_iou: float = 0.5,
+        roi_batch: int = 512,
+        roi_positive: float = 0.25,
+        mask_pool: int = 14,
+        mask_channels: int = 256,
+        mask_convs: int = 4,
+        score_threshold: float = 0.05,
+        nms_threshold: float = 0.5,
+        detections: int = 100,
+        mask_threshold: float | None = 0.5,
+    ):
         super().__init__()
         self.inputs = PyramidInfo.of(feature_info)
         self.num_classes = positive('num_classes', num_classes)
         self.masks, self.mask_threshold = masks, mask_threshold
-        det.check_thresholds(rpn_nms_threshold=rpn_nms_threshold, rpn_foreground_iou=rpn_foreground_iou,
-                             rpn_background_iou=rpn_background_iou, rpn_positive=rpn_positive,
-                             roi_foreground_iou=roi_foreground_iou, roi_positive=roi_positive,
-                             score_threshold=score_threshold, nms_threshold=nms_threshold,
-                             mask_threshold=0.0 if mask_threshold is None else mask_threshold)
+        det.check_thresholds(
+            rpn_nms_threshold=rpn_nms_threshold,
+            rpn_foreground_iou=rpn_foreground_iou,
+            rpn_background_iou=rpn_background_iou,
+            rpn_positive=rpn_positive,
+            roi_foreground_iou=roi_foreground_iou,
+            roi_positive=roi_positive,
+            score_threshold=score_threshold,
+            nms_threshold=nms_threshold,
+            mask_threshold=0.0 if mask_threshold is None else mask_threshold,
+        )
         width, strides = self.inputs.same_channels('MaskRCNN'), self.inputs.reduction()
 
         if anchor_sizes is None:
             anchor_sizes = [(int(anchor_scale * stride),) for stride in strides]
-        anchors = det.PyramidAnchors(info=self.inputs, sizes=anchor_sizes, aspect_ratios=aspect_ratios,
-                                     offset=anchor_offset, exact_strides=exact_strides)
+        anchors = det.PyramidAnchors(
+            info=self.inputs,
+            sizes=anchor_sizes,
+            aspect_ratios=aspect_ratios,
+            offset=anchor_offset,
+            exact_strides=exact_strides,
+        )
         self.rpn = Proposals(
-            anchors, RPNHead(width, anchors.per_location(), conv_depth=rpn_convs),
-            rpn_foreground_iou, rpn_background_iou, positive('rpn_batch', rpn_batch), rpn_positive,
+            anchors,
+            RPNHead(width, anchors.per_location(), conv_depth=rpn_convs),
+            rpn_foreground_iou,
+            rpn_background_iou,
+            positive('rpn_batch', rpn_batch),
+            rpn_positive,
             {'training': rpn_pre_nms[0], 'testing': rpn_pre_nms[1]},
-            {'training': rpn_post_nms[0], 'testing': rpn_post_nms[1]}, rpn_nms_threshold)
+            {'training': rpn_post_nms[0], 'testing': rpn_post_nms[1]},
+            rpn_nms_threshold,
+        )
 
         if roi_levels is None:
             roi_levels = [i for i, stride in enumerate(strides) if stride <= 32] or [0]
@@ -96,14 +137,25 @@ class MaskRCNN(nn.Module):
         mask_parts: list[nn.Module] = []
         if masks:
             cut = RoIAlign(strides=roi_strides, side=positive('mask_pool', mask_pool), canonical_scale=roi_scale)
-            mask_parts = [cut, MaskRCNNHeads(width, [positive('mask_channels', mask_channels)] * mask_convs, 1),
-                          MaskRCNNPredictor(mask_channels if mask_convs else width, mask_channels, classes)]
+            mask_parts = [
+                cut,
+                MaskRCNNHeads(width, [positive('mask_channels', mask_channels)] * mask_convs, 1),
+                MaskRCNNPredictor(mask_channels if mask_convs else width, mask_channels, classes),
+            ]
         self.roi_heads = RoIHeads(
             RoIAlign(strides=roi_strides, side=positive('box_pool', box_pool), canonical_scale=roi_scale),
-            TwoMLPHead(width * box_pool ** 2, positive('box_channels', box_channels)),
-            FastRCNNPredictor(box_channels, classes), roi_foreground_iou, roi_foreground_iou,
-            positive('roi_batch', roi_batch), roi_positive, None, score_threshold, nms_threshold,
-            positive('detections', detections), *mask_parts)
+            TwoMLPHead(width * box_pool**2, positive('box_channels', box_channels)),
+            FastRCNNPredictor(box_channels, classes),
+            roi_foreground_iou,
+            roi_foreground_iou,
+            positive('roi_batch', roi_batch),
+            roi_positive,
+            None,
+            score_threshold,
+            nms_threshold,
+            positive('detections', detections),
+            *mask_parts,
+        )
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """List of maps -> the first stage's objectness (B, N) and box offsets (B, N, 4), N anchors of all levels.
@@ -126,8 +178,10 @@ class MaskRCNN(nn.Module):
         proposals, losses = self.rpn.propose(features, objectness, offsets, sizes, truth)
         # Background is class 0 from here on.
         split = zip(truth.real.split(truth.counts), truth.labels[:-1].split(truth.counts), inside)
-        parts = [{'boxes': boxes, 'labels': labels + 1, **({'masks': t['masks']} if self.masks else {})}
-                 for boxes, labels, t in split]
+        parts = [
+            {'boxes': boxes, 'labels': labels + 1, **({'masks': t['masks']} if self.masks else {})}
+            for boxes, labels, t in split
+        ]
 
         heads = self.roi_heads
         proposals, matched, labels, box_targets = heads.select_training_samples(proposals, parts)
@@ -142,12 +196,18 @@ class MaskRCNN(nn.Module):
             chosen = [torch.where(x > 0)[0] for x in labels]
             boxes = [p[i] for p, i in zip(proposals, chosen)]
             soft = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(maps, boxes, sizes)))
-            losses['loss_mask'] = maskrcnn_loss(soft.float(), boxes, [p['masks'] for p in parts],
-                                                [p['labels'] for p in parts], [m[i] for m, i in zip(matched, chosen)])
+            losses['loss_mask'] = maskrcnn_loss(
+                soft.float(),
+                boxes,
+                [p['masks'] for p in parts],
+                [p['labels'] for p in parts],
+                [m[i] for m, i in zip(matched, chosen)],
+            )
         return losses
 
-    def predict(self, features: Sequence[Tensor], sizes: Sequence[Size],
-                original_sizes: Sequence[Size] | None = None) -> list[dict[str, Tensor]]:
+    def predict(
+        self, features: Sequence[Tensor], sizes: Sequence[Size], original_sizes: Sequence[Size] | None = None
+    ) -> list[dict[str, Tensor]]:
         """One {'boxes' (n, 4) xyxy, 'scores' (n,), 'labels' (n,), 'masks' (n, H, W) bool} per picture, best first."""
         objectness, offsets = (x.float() for x in self(features))
         check_sizes(sizes, len(objectness), self.inputs.padded_size(features), original_sizes)
@@ -157,8 +217,10 @@ class MaskRCNN(nn.Module):
         logits, box_offsets = heads.box_predictor(heads.box_head(heads.box_roi_pool(maps, proposals, sizes)))
         boxes, scores, labels = heads.postprocess_detections(logits.float(), box_offsets.float(), proposals, sizes)
         shapes = [_pair(size) for size in (original_sizes or sizes)]
-        results = [{'boxes': det.rescale(b, size, shape), 'scores': s, 'labels': label - 1}
-                   for b, s, label, size, shape in zip(boxes, scores, labels, sizes, shapes)]
+        results = [
+            {'boxes': det.rescale(b, size, shape), 'scores': s, 'labels': label - 1}
+            for b, s, label, size, shape in zip(boxes, scores, labels, sizes, shapes)
+        ]
         if self.masks:
             logits = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(maps, boxes, sizes)))
             for result, soft, shape in zip(results, maskrcnn_inference(logits.float(), labels), shapes):
@@ -175,12 +237,15 @@ class MaskRCNN(nn.Module):
         parts = {key: target[key][large] for key in ('boxes', 'labels')}
         if self.masks:
             if 'masks' not in target:
-                raise ValueError(f'targets[{index}] has no masks; ask the dataset for them (masks=True) or build '
-                                 'MaskRCNN(masks=False)')
+                raise ValueError(
+                    f'targets[{index}] has no masks; ask the dataset for them (masks=True) or build '
+                    'MaskRCNN(masks=False)'
+                )
             masks = target['masks']
             if masks.ndim != 3 or len(masks) != len(large):
-                raise ValueError(f'targets[{index}] needs masks ({len(large)}, H, W), one per box, got '
-                                 f'{tuple(masks.shape)}')
+                raise ValueError(
+                    f'targets[{index}] needs masks ({len(large)}, H, W), one per box, got {tuple(masks.shape)}'
+                )
             parts['masks'] = masks[large.to(masks.device)].to(large.device)
         return parts
 
@@ -188,8 +253,14 @@ class MaskRCNN(nn.Module):
 class Proposals(RegionProposalNetwork):
     """torchvision's RegionProposalNetwork with batched matching; keys and numbers are the same."""
 
-    def propose(self, features: Sequence[Tensor], objectness: Tensor, offsets: Tensor, sizes: Sequence[Size],
-                truth: det.GroundTruth | None) -> tuple[list[Tensor], dict[str, Tensor]]:
+    def propose(
+        self,
+        features: Sequence[Tensor],
+        objectness: Tensor,
+        offsets: Tensor,
+        sizes: Sequence[Size],
+        truth: det.GroundTruth | None,
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Proposals (n, 4) per picture and, where there is `truth`, the first stage's losses."""
         levels = self.anchor_generator.on(features)
         anchors, batch = torch.cat(levels), len(objectness)
@@ -199,8 +270,13 @@ class Proposals(RegionProposalNetwork):
         boxes, _ = self.filter_proposals(decoded, objectness, list(sizes), det.level_sizes(levels))
         if truth is None:
             return boxes, {}
-        matched = det.match_by_iou(truth, anchors, high=self.proposal_matcher.high_threshold,
-                                   low=self.proposal_matcher.low_threshold, low_quality=True)
+        matched = det.match_by_iou(
+            truth,
+            anchors,
+            high=self.proposal_matcher.high_threshold,
+            low=self.proposal_matcher.low_threshold,
+            low_quality=True,
+        )
         labels = torch.where(matched >= 0, 1.0, torch.where(matched == det.IGNORED, -1.0, 0.0))
         positive, negative = self.fg_bg_sampler(list(labels))
         positive, negative = torch.stack(positive).bool(), torch.stack(negative).bool()
@@ -215,4 +291,3 @@ class Proposals(RegionProposalNetwork):
 
 def _pair(size: Sequence[int]) -> Size:
     return int(size[0]), int(size[1])
-

@@ -3,6 +3,7 @@
 A feature pyramid is a list of maps (B, C_i, ceil(H / s_i), ceil(W / s_i)), finest first. The padded size of the batch
 is read back from the first map; the valid size of each picture comes separately as `sizes`.
 """
+
 import difflib
 import math
 from collections.abc import Callable, Sequence
@@ -45,8 +46,10 @@ class PyramidInfo:
     def of(cls, feature_info: FeatureInfo) -> 'PyramidInfo':
         """A checked copy of any feature_info (TypeError for anything without channels() and reduction())."""
         if not all(callable(getattr(feature_info, name, None)) for name in ('channels', 'reduction')):
-            raise TypeError('feature_info must have channels() and reduction(), as that of create_model(..., '
-                            f'features_only=True) has, got {type(feature_info).__name__}')
+            raise TypeError(
+                'feature_info must have channels() and reduction(), as that of create_model(..., '
+                f'features_only=True) has, got {type(feature_info).__name__}'
+            )
         return cls(feature_info.channels(), feature_info.reduction())
 
     def channels(self) -> list[int]:
@@ -110,8 +113,10 @@ def _group_norm(groups: int, channels: int) -> nn.GroupNorm:
 def check_sizes(sizes: Sequence[Size], batch: int, padded: Size, original_sizes: Sequence[Size] | None) -> None:
     """ValueError unless there is one valid size, inside the padded batch, for each picture."""
     if len(sizes) != batch or (original_sizes is not None and len(original_sizes) != batch):
-        raise ValueError(f'sizes and original_sizes need one (h, w) per picture, got {len(sizes)} and '
-                         f'{None if original_sizes is None else len(original_sizes)} for a batch of {batch}')
+        raise ValueError(
+            f'sizes and original_sizes need one (h, w) per picture, got {len(sizes)} and '
+            f'{None if original_sizes is None else len(original_sizes)} for a batch of {batch}'
+        )
     for index, (height, width) in enumerate(sizes):
         if not (0 < height <= padded[0] and 0 < width <= padded[1]):
             raise ValueError(f'sizes[{index}] must lie inside the padded batch {tuple(padded)}, got {(height, width)}')

@@ -6,6 +6,7 @@ the last convolution starts at zero, so an untrained head returns the picture un
 hurt restoration. Pictures are float (B, C, H, W) in [0, 1] of any size; all padding happens inside.
 Targets: dicts with `clean` (C, h, w). Results: {'image': (C, h, w) float in [0, 1]}.
 """
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,28 +63,42 @@ class UNetRestorer(nn.Module):
         loss: 'charbonnier', 'l1' or 'mse', averaged over the pixels of all pictures.
     """
 
-    def __init__(self, *, feature_info: FeatureInfo, in_chans: int = 3, channels: int = 24,
-                 blocks: Sequence[int] = (1, 1, 1), stem_blocks: Sequence[int] = (0, 1), loss: str = 'charbonnier'):
+    def __init__(
+        self,
+        *,
+        feature_info: FeatureInfo,
+        in_chans: int = 3,
+        channels: int = 24,
+        blocks: Sequence[int] = (1, 1, 1),
+        stem_blocks: Sequence[int] = (0, 1),
+        loss: str = 'charbonnier',
+    ):
         super().__init__()
         self.inputs = PyramidInfo.of(feature_info)
         if self.inputs.reduction()[0] < 3:
-            raise ValueError('feature_info must start at stride 3 or more (UNetRestorer has its own maps at 1 and 2), '
-                             f'got {self.inputs.reduction()}')
+            raise ValueError(
+                'feature_info must start at stride 3 or more (UNetRestorer has its own maps at 1 and 2), '
+                f'got {self.inputs.reduction()}'
+            )
         if len(blocks) != 3 or len(stem_blocks) != 2:
             raise ValueError(f'blocks needs three and stem_blocks two entries, got {blocks} and {stem_blocks}')
         self.loss_name = choose('loss', loss, ('charbonnier', 'l1', 'mse'))
         full, half, deep = positive('channels', channels), 2 * channels, 4 * channels
-        self.stem_full = nn.Sequential(nn.Conv2d(positive('in_chans', in_chans), full, 3, padding=1),
-                                  *[ResidualBlock(full) for _ in range(stem_blocks[0])])
-        self.stem_half = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * full, half, 1),
-                                  *[ResidualBlock(half) for _ in range(stem_blocks[1])])
+        self.stem_full = nn.Sequential(
+            nn.Conv2d(positive('in_chans', in_chans), full, 3, padding=1),
+            *[ResidualBlock(full) for _ in range(stem_blocks[0])],
+        )
+        self.stem_half = nn.Sequential(
+            nn.PixelUnshuffle(2), nn.Conv2d(4 * full, half, 1), *[ResidualBlock(half) for _ in range(stem_blocks[1])]
+        )
         widths = [full, half, *self.inputs.channels()]
         outs = [full, half] + [deep] * (len(self.inputs) - 1)
         self.strides = [1, 2, *self.inputs.reduction()]
         # merges[i] brings level i + 1 to level i; the deepest level enters as the backbone gives it.
         self.merges = nn.ModuleList(
             Merge(outs[i + 1] if i + 1 < len(outs) else widths[-1], widths[i], outs[i], blocks[min(i, 2)])
-            for i in range(len(outs)))
+            for i in range(len(outs))
+        )
         self.last = nn.Conv2d(full, in_chans, 3, padding=1)
         self.in_chans = in_chans
         self._init_weights()
@@ -95,10 +110,10 @@ class UNetRestorer(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode='fan_in', nonlinearity='linear')
                 nn.init.zeros_(module.get_parameter('bias'))
         for module in self.modules():
-            if isinstance(module, Merge):               # two summands
-                module.reduce.weight.data.mul_(0.5 ** 0.5)
-                module.lateral.weight.data.mul_(0.5 ** 0.5)
-            elif isinstance(module, ResidualBlock):     # close to the identity
+            if isinstance(module, Merge):  # two summands
+                module.reduce.weight.data.mul_(0.5**0.5)
+                module.lateral.weight.data.mul_(0.5**0.5)
+            elif isinstance(module, ResidualBlock):  # close to the identity
                 module.conv2.weight.data.mul_(0.1)
         nn.init.zeros_(self.last.weight)
 
@@ -117,8 +132,9 @@ class UNetRestorer(nn.Module):
             x = self.merges[i](x, levels[i], self.strides[i + 1] / self.strides[i])
         return self.last(x)
 
-    def loss(self, features: Sequence[Tensor], images: Tensor,
-             targets: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def loss(
+        self, features: Sequence[Tensor], images: Tensor, targets: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Tensor]:
         """{'loss_<name>': scalar, 'psnr': of this batch in dB, logged only}; only pixels inside each `clean` count."""
         restored = images.float() + self(features, images).float()
         clean, inside = gather_clean([t['clean'] for t in targets], restored)
@@ -130,8 +146,13 @@ class UNetRestorer(nn.Module):
         mse = _mean(difference.detach().square(), inside)
         return {f'loss_{self.loss_name}': _mean(each, inside), 'psnr': -10 * torch.log10(mse.clamp(min=1e-10))}
 
-    def predict(self, features: Sequence[Tensor], images: Tensor, sizes: Sequence[Size],
-                original_sizes: Sequence[Size] | None = None) -> list[dict[str, Tensor]]:
+    def predict(
+        self,
+        features: Sequence[Tensor],
+        images: Tensor,
+        sizes: Sequence[Size],
+        original_sizes: Sequence[Size] | None = None,
+    ) -> list[dict[str, Tensor]]:
         """One {'image': (C, h, w) float in [0, 1]} per picture, of `original_sizes` where given, else of `sizes`."""
         check_sizes(sizes, len(images), (images.shape[-2], images.shape[-1]), original_sizes)
         restored = (images.float() + self(features, images).float()).clamp(0, 1)
@@ -139,8 +160,9 @@ class UNetRestorer(nn.Module):
         for i, (height, width) in enumerate(sizes):
             picture = restored[i, :, :height, :width]
             if original_sizes is not None and tuple(original_sizes[i]) != (height, width):
-                picture = F.interpolate(picture[None], size=tuple(original_sizes[i]), mode='bicubic',
-                                        align_corners=False, antialias=True)[0].clamp(0, 1)
+                picture = F.interpolate(
+                    picture[None], size=tuple(original_sizes[i]), mode='bicubic', align_corners=False, antialias=True
+                )[0].clamp(0, 1)
             results.append({'image': picture})
         return results
 
@@ -148,15 +170,16 @@ class UNetRestorer(nn.Module):
 def gather_clean(pictures: Sequence[Tensor], like: Tensor) -> tuple[Tensor, Tensor | None]:
     """Clean pictures in one tensor of the padded batch's shape; a (B, 1, H, W) 0/1 mask unless all of it is valid."""
     shape = tuple(like.shape)
-    if len(pictures) != shape[0] or any(p.shape[0] != shape[1] or p.shape[1] > shape[2] or p.shape[2] > shape[3]
-                                        for p in pictures):
+    if len(pictures) != shape[0] or any(
+        p.shape[0] != shape[1] or p.shape[1] > shape[2] or p.shape[2] > shape[3] for p in pictures
+    ):
         raise ValueError(f'clean pictures must fit into the batch {shape}, got {[tuple(p.shape) for p in pictures]}')
     if all(tuple(p.shape) == shape[1:] for p in pictures):
         return torch.stack([p.to(like) for p in pictures]), None
     clean, inside = torch.zeros_like(like), like.new_zeros(shape[0], 1, *shape[2:])
     for i, picture in enumerate(pictures):
-        clean[i, :, :picture.shape[1], :picture.shape[2]] = picture
-        inside[i, :, :picture.shape[1], :picture.shape[2]] = 1
+        clean[i, :, : picture.shape[1], : picture.shape[2]] = picture
+        inside[i, :, : picture.shape[1], : picture.shape[2]] = 1
     return clean, inside
 
 

@@ -4,6 +4,7 @@ Keys are those of torchvision's RetinaNet (head.classification_head..., head.reg
 Differs from torchvision: labels are 0..K-1 (there, label 0 of COCO is never used); boxes that clipping leaves empty
 are dropped (min_size=-1 keeps them); anchors are matched for the whole batch at once.
 """
+
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -49,18 +50,41 @@ class RetinaNet(nn.Module):
         min_size: boxes with a side of at most so many pixels are dropped; negative keeps all.
     """
 
-    def __init__(self, *, feature_info: FeatureInfo, num_classes: int, channels: int | None = None, num_convs: int = 4,
-                 norm: str = 'none', anchor_scale: float = 4.0, anchor_sizes: Sequence[Sequence[float]] | None = None,
-                 aspect_ratios: Sequence[float] = (0.5, 1.0, 2.0), anchor_offset: float = 0.0,
-                 exact_strides: bool = False, foreground_iou: float = 0.5, background_iou: float = 0.4,
-                 box_loss: str = 'l1', box_weight: float = 1.0, focal_alpha: float = 0.25, focal_gamma: float = 2.0,
-                 prior: float = 0.01, score_threshold: float = 0.05, nms_threshold: float = 0.5, topk: int = 1000,
-                 detections: int = 100, min_size: float = 0.0):
+    def __init__(
+        self,
+        *,
+        feature_info: FeatureInfo,
+        num_classes: int,
+        channels: int | None = None,
+        num_convs: int = 4,
+        norm: str = 'none',
+        anchor_scale: float = 4.0,
+        anchor_sizes: Sequence[Sequence[float]] | None = None,
+        aspect_ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        anchor_offset: float = 0.0,
+        exact_strides: bool = False,
+        foreground_iou: float = 0.5,
+        background_iou: float = 0.4,
+        box_loss: str = 'l1',
+        box_weight: float = 1.0,
+        focal_alpha: float = 0.25,
+        focal_gamma: float = 2.0,
+        prior: float = 0.01,
+        score_threshold: float = 0.05,
+        nms_threshold: float = 0.5,
+        topk: int = 1000,
+        detections: int = 100,
+        min_size: float = 0.0,
+    ):
         super().__init__()
         self.inputs = PyramidInfo.of(feature_info)
         self.num_classes = positive('num_classes', num_classes)
-        det.check_thresholds(foreground_iou=foreground_iou, background_iou=background_iou,
-                             score_threshold=score_threshold, nms_threshold=nms_threshold)
+        det.check_thresholds(
+            foreground_iou=foreground_iou,
+            background_iou=background_iou,
+            score_threshold=score_threshold,
+            nms_threshold=nms_threshold,
+        )
         if background_iou > foreground_iou:
             raise ValueError(f'background_iou must not exceed foreground_iou={foreground_iou}, got {background_iou}')
         self.foreground_iou, self.background_iou = foreground_iou, background_iou
@@ -71,10 +95,16 @@ class RetinaNet(nn.Module):
 
         if anchor_sizes is None:
             # torchvision truncates to whole pixels: 32, 40, 50 at stride 8.
-            anchor_sizes = [[int(anchor_scale * stride * 2 ** (i / 3)) for i in range(3)]
-                            for stride in self.inputs.reduction()]
-        self.anchors = det.PyramidAnchors(info=self.inputs, sizes=anchor_sizes, aspect_ratios=aspect_ratios,
-                                          offset=anchor_offset, exact_strides=exact_strides)
+            anchor_sizes = [
+                [int(anchor_scale * stride * 2 ** (i / 3)) for i in range(3)] for stride in self.inputs.reduction()
+            ]
+        self.anchors = det.PyramidAnchors(
+            info=self.inputs,
+            sizes=anchor_sizes,
+            aspect_ratios=aspect_ratios,
+            offset=anchor_offset,
+            exact_strides=exact_strides,
+        )
         width = self.inputs.same_channels('RetinaNet')
         channels = positive('channels', width if channels is None else channels)
         self.head = RetinaNetHead(channels, self.anchors.per_location(), num_classes)
@@ -95,7 +125,7 @@ class RetinaNet(nn.Module):
         truth = det.gather_targets(targets, self.num_classes, logits.device)
         anchors = torch.cat(self.anchors.on(features))
         matched = det.match_by_iou(truth, anchors, high=self.foreground_iou, low=self.background_iou, low_quality=True)
-        share = 1 / ((matched >= 0).sum(1).clamp(min=1) * len(targets))                     # (B,)
+        share = 1 / ((matched >= 0).sum(1).clamp(min=1) * len(targets))  # (B,)
         picture, anchor = (matched >= 0).nonzero(as_tuple=True)
         row = truth.rows(matched)[picture, anchor]
 
@@ -111,8 +141,9 @@ class RetinaNet(nn.Module):
             return (offsets - self.box_coder.encode_single(boxes, anchors)).abs().sum(1)
         return _IOU_LOSSES[self.box_loss](self.box_coder.decode_single(offsets, anchors), boxes, reduction='none')
 
-    def predict(self, features: Sequence[Tensor], sizes: Sequence[Size],
-                original_sizes: Sequence[Size] | None = None) -> list[dict[str, Tensor]]:
+    def predict(
+        self, features: Sequence[Tensor], sizes: Sequence[Size], original_sizes: Sequence[Size] | None = None
+    ) -> list[dict[str, Tensor]]:
         """One {'boxes' (n, 4) xyxy, 'scores' (n,), 'labels' (n,)} per picture, best first, inside its valid size."""
         logits, offsets = (x.float() for x in self(features))
         check_sizes(sizes, len(logits), self.inputs.padded_size(features), original_sizes)
@@ -124,8 +155,18 @@ class RetinaNet(nn.Module):
             valid = scores[i] * det.centres_inside(anchors, size)[:, None]
             anchor, label, score = det.select_candidates(valid, lengths, self.score_threshold, self.topk)
             boxes = self.box_coder.decode_single(offsets[i, anchor], anchors[anchor])
-            results.append(det.finish(boxes, score, label, size, original_sizes[i] if original_sizes else None,
-                                      nms=self.nms_threshold, limit=self.detections, min_size=self.min_size))
+            results.append(
+                det.finish(
+                    boxes,
+                    score,
+                    label,
+                    size,
+                    original_sizes[i] if original_sizes else None,
+                    nms=self.nms_threshold,
+                    limit=self.detections,
+                    min_size=self.min_size,
+                )
+            )
         return results
 
 
@@ -133,9 +174,13 @@ def _tower(in_channels: int, channels: int, num_convs: int, norm: str) -> nn.Seq
     """3x3 convolutions with ReLU, initialised as torchvision's (normal, std 0.01)."""
     layer = norm_layer(choose('norm', norm, ('none', 'group')))
     if num_convs < 1 and in_channels != channels:
-        raise ValueError(f'num_convs=0 needs channels equal to the maps\' width {in_channels}, got channels={channels}')
-    tower = nn.Sequential(*[Conv2dNormActivation(in_channels if i == 0 else channels, channels, norm_layer=layer)
-                            for i in range(num_convs)])
+        raise ValueError(f"num_convs=0 needs channels equal to the maps' width {in_channels}, got channels={channels}")
+    tower = nn.Sequential(
+        *[
+            Conv2dNormActivation(in_channels if i == 0 else channels, channels, norm_layer=layer)
+            for i in range(num_convs)
+        ]
+    )
     for module in tower.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, std=0.01)

@@ -7,6 +7,7 @@ maps two matrix products are several times faster and give the same numbers. Els
 
 R regions, C channels, P side of the cut, h w size of a map.
 """
+
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +16,7 @@ from torchvision.ops import roi_align
 
 from .pyramid import Size
 
-SMALL_MAP = 48 * 48      # pixels of a map up to which matrix products beat torchvision's CPU kernel
+SMALL_MAP = 48 * 48  # pixels of a map up to which matrix products beat torchvision's CPU kernel
 
 
 class RoIAlign(nn.Module):
@@ -35,7 +36,8 @@ class RoIAlign(nn.Module):
         """Maps (B, C, h, w), boxes (n, 4) of each picture in pixels -> (R, C, P, P); image_shapes plays no part."""
         merged = torch.cat(boxes)
         picture = torch.arange(len(boxes), device=merged.device).repeat_interleave(
-            torch.tensor([len(b) for b in boxes], device=merged.device))
+            torch.tensor([len(b) for b in boxes], device=merged.device)
+        )
         levels = levels_of(merged, self.strides, self.canonical_scale)
         order, parts = [], []
         for level, (stride, x) in enumerate(zip(self.strides, maps.values())):
@@ -70,23 +72,23 @@ def cut_by_kernel(x: Tensor, boxes: Tensor, picture: Tensor, side: int) -> Tenso
 def cut_by_matrices(x: Tensor, boxes: Tensor, picture: Tensor, side: int) -> Tensor:
     """The same by two matrix products per picture; gradients flow to x alone."""
     with torch.autocast(x.device.type, enabled=False):
-        rows = sampling_matrix(boxes[:, 1], boxes[:, 3], side, x.shape[-2])              # (R, P, h)
-        columns = sampling_matrix(boxes[:, 0], boxes[:, 2], side, x.shape[-1])           # (R, P, w)
+        rows = sampling_matrix(boxes[:, 1], boxes[:, 3], side, x.shape[-2])  # (R, P, h)
+        columns = sampling_matrix(boxes[:, 0], boxes[:, 2], side, x.shape[-1])  # (R, P, w)
         cuts = []
-        for i, count in enumerate(torch.bincount(picture, minlength=len(x)).tolist()):   # `picture` rises
+        for i, count in enumerate(torch.bincount(picture, minlength=len(x)).tolist()):  # `picture` rises
             if not count:
                 continue
             (row, rows), (column, columns) = rows.tensor_split([count]), columns.tensor_split([count])
-            pixels = x[i].permute(1, 2, 0)                                               # (h, w, C)
-            lines = row.reshape(-1, row.shape[2]) @ pixels.reshape(len(pixels), -1)      # (R_i * P, w * C)
-            cuts.append(column[:, None] @ lines.view(count, side, x.shape[-1], -1))      # (R_i, P, P, C)
+            pixels = x[i].permute(1, 2, 0)  # (h, w, C)
+            lines = row.reshape(-1, row.shape[2]) @ pixels.reshape(len(pixels), -1)  # (R_i * P, w * C)
+            cuts.append(column[:, None] @ lines.view(count, side, x.shape[-1], -1))  # (R_i, P, P, C)
         return torch.cat(cuts).permute(0, 3, 1, 2)
 
 
 def sampling_matrix(start: Tensor, stop: Tensor, side: int, length: int) -> Tensor:
     """(R, P, length) weights of a map's rows (or columns) in the P bins from start to stop (at least 1 cell)."""
     samples = (torch.arange(2 * side, device=start.device) + 0.5) / (2 * side)
-    position = start[:, None] + (stop - start).clamp(min=1)[:, None] * samples           # (R, 2 P)
+    position = start[:, None] + (stop - start).clamp(min=1)[:, None] * samples  # (R, 2 P)
     inside = (position >= -1) & (position <= length)
     cells = torch.arange(length, device=start.device)
     weights = (1 - (position.clamp(0, length - 1)[..., None] - cells).abs()).clamp(min=0) * inside[..., None]

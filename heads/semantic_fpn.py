@@ -6,6 +6,7 @@ Targets: dicts with `mask` (H, W) int64, `ignore_index` where nothing is known; 
 batch. Results: {'mask': (H, W) int64}.
 Differs: the cross-entropy is averaged over known pixels (average='all' is MMSegmentation's mean over all of them).
 """
+
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -50,9 +51,20 @@ class SemanticFPN(nn.Module):
 
     class_weight: Tensor | None
 
-    def __init__(self, *, feature_info: FeatureInfo, num_classes: int, channels: int = 128, ignore_index: int = 255,
-                 class_weight: Sequence[float] | None = None, dice_weight: float = 0.0, lovasz_weight: float = 0.0,
-                 dropout: float = 0.1, norm: str = 'batch', average: str = 'valid'):
+    def __init__(
+        self,
+        *,
+        feature_info: FeatureInfo,
+        num_classes: int,
+        channels: int = 128,
+        ignore_index: int = 255,
+        class_weight: Sequence[float] | None = None,
+        dice_weight: float = 0.0,
+        lovasz_weight: float = 0.0,
+        dropout: float = 0.1,
+        norm: str = 'batch',
+        average: str = 'valid',
+    ):
         super().__init__()
         self.inputs = PyramidInfo.of(feature_info)
         self.num_classes = positive('num_classes', num_classes)
@@ -117,15 +129,16 @@ class SemanticFPN(nn.Module):
             losses['pixel_accuracy'] = ((logits.argmax(1) == labels) & known).sum() / known.sum().clamp(min=1)
         return losses
 
-    def predict(self, features: Sequence[Tensor], sizes: Sequence[Size],
-                original_sizes: Sequence[Size] | None = None) -> list[dict[str, Tensor]]:
+    def predict(
+        self, features: Sequence[Tensor], sizes: Sequence[Size], original_sizes: Sequence[Size] | None = None
+    ) -> list[dict[str, Tensor]]:
         """One {'mask': (h, w) int64} per picture, of `original_sizes` where given, else of `sizes`."""
         padded = self.inputs.padded_size(features)
         check_sizes(sizes, len(features[0]), padded, original_sizes)
         logits = _resize(self(features).float(), padded)
         results = []
         for i, (height, width) in enumerate(sizes):
-            valid = logits[i:i + 1, :, :height, :width]
+            valid = logits[i : i + 1, :, :height, :width]
             if original_sizes is not None:
                 valid = _resize(valid, tuple(original_sizes[i]))
             results.append({'mask': valid[0].argmax(0)})
@@ -141,8 +154,10 @@ class SemanticFPN(nn.Module):
             batch[i, :height, :width] = mask
         wrong = (batch != self.ignore_index) & ((batch < 0) | (batch >= self.num_classes))
         if wrong.any():
-            raise ValueError(f'mask values must be 0..{self.num_classes - 1} or ignore_index={self.ignore_index}, '
-                             f'got {int(batch[wrong][0])}')
+            raise ValueError(
+                f'mask values must be 0..{self.num_classes - 1} or ignore_index={self.ignore_index}, '
+                f'got {int(batch[wrong][0])}'
+            )
         return batch
 
 

@@ -3,6 +3,7 @@
 Every operation has a PyTorch reference called 'torch', which takes every call. Faster implementations come before it
 and say, call by call, why they cannot run; that sentence is what a caller who insists on one gets to read.
 """
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 

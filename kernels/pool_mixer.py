@@ -4,6 +4,7 @@ window(i, j) holds the positions |u - i| <= r, |v - j| <= r, r = pool_size // 2,
 the mean is over fewer positions, never over zeros. Layout (B, H, W, C); any H, W >= 1, smaller than the window too.
 Source: MetaFormer Is Actually What You Need for Vision, arXiv 2111.11418, equation 4.
 """
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -34,8 +35,9 @@ def pool_mixer(x: Tensor, pool_size: int = 3, *, norm: JointNorm | None = None, 
     if pool_size < 1 or pool_size % 2 == 0:
         raise ValueError(f'pool_size must be a positive odd number, got {pool_size=}')
     if norm is not None and tuple(norm[0].shape) != (x.shape[-1],):
-        raise ValueError(f'the weight of norm must be ({x.shape[-1]},), one value per channel, '
-                         f'got {tuple(norm[0].shape)}')
+        raise ValueError(
+            f'the weight of norm must be ({x.shape[-1]},), one value per channel, got {tuple(norm[0].shape)}'
+        )
     select('pool_mixer', backend, {'triton': can_run_triton(x), 'torch': None})
     return pool_mixer_reference(x, pool_size, norm=norm)
 
@@ -47,7 +49,7 @@ def pool_mixer_reference(x: Tensor, pool_size: int = 3, *, norm: JointNorm | Non
         weight, bias, eps = norm
         maps = F.group_norm(maps, 1, weight, bias, eps)
     pooled = F.avg_pool2d(maps, pool_size, stride=1, padding=pool_size // 2, count_include_pad=False)
-    return pooled.sub_(maps).permute(0, 2, 3, 1)        # in place: neither step's gradient needs its result
+    return pooled.sub_(maps).permute(0, 2, 3, 1)  # in place: neither step's gradient needs its result
 
 
 def can_run_triton(x: Tensor) -> str | None:

@@ -4,6 +4,7 @@ Every recorded value was computed with the weights `values(key, shape)`, which d
 shape alone, and with the inputs `image(seed, shape)`. So any implementation that can read the authors' keys has the
 same weights.
 """
+
 import json
 import re
 import zlib
@@ -17,8 +18,10 @@ import torch
 GOLDENS = Path(__file__).parent / 'goldens'
 
 # entries that constructors compute: index tables, masks, counters
-COMPUTED = re.compile(r'.*(position_index|relative_coords|rel_pos_idx|biases_idx|bias_idxs|attn_mask|'
-                      r'num_batches_tracked|out_zero_mask)|warm|iter|total_step')
+COMPUTED = re.compile(
+    r'.*(position_index|relative_coords|rel_pos_idx|biases_idx|bias_idxs|attn_mask|'
+    r'num_batches_tracked|out_zero_mask)|warm|iter|total_step'
+)
 
 
 def load(name: str) -> dict[str, Any]:

@@ -49,7 +49,9 @@ def test_typing_link_points_at_the_root():
 def wheel_site(tmp_path_factory) -> Path:
     """A folder holding the unpacked wheel of this tree, built from a copy: a stale build/ would hide missing files."""
     scratch = tmp_path_factory.mktemp('wheel')
-    ignore = shutil.ignore_patterns('.git', '.typing', 'build', 'dist', '*.egg-info', '__pycache__', '.venv', 'work_dirs')
+    ignore = shutil.ignore_patterns(
+        '.git', '.typing', 'build', 'dist', '*.egg-info', '__pycache__', '.venv', 'work_dirs'
+    )
     shutil.copytree(ROOT, scratch / 'tree', ignore=ignore)
     pip = [sys.executable, '-m', 'pip', '--quiet', '--disable-pip-version-check']
     subprocess.run([*pip, 'wheel', '--no-deps', '--wheel-dir', scratch, scratch / 'tree'], check=True)

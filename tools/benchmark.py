@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     pipeline.add_argument('--masks', action='store_true')
     peers = what.add_parser('peers', help="the quickstarts' metrics against a torchvision backbone")
     peers.add_argument('--tasks', nargs='+', help='quickstarts (default: all; each is trained twice)')
-    peers.add_argument('--max-iters', type=int, help='iterations of both sides (default: the quickstart\'s)')
+    peers.add_argument('--max-iters', type=int, help="iterations of both sides (default: the quickstart's)")
     peers.add_argument('--work-dir', help="where the runs' files go (default: a temporary folder)")
     return arguments
 
@@ -69,7 +69,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     if 'ratio' in rows[0]:
         lines = ['| what | ours, ms | peer, ms | peer | ratio |', '|---|---:|---:|---|---:|']
         lines += [
-            f'| {row["name"]} | {row["ours"] * 1e3:.2f} | {row["peer"] * 1e3:.2f} | {row["peer_name"]} | {row["ratio"]:.2f} |'
+            f'| {row["name"]} | {row["ours"] * 1e3:.2f} | {row["peer"] * 1e3:.2f} | {row["peer_name"]} '
+            f'| {row["ratio"]:.2f} |'
             for row in rows
         ]
     else:

@@ -1,9 +1,9 @@
 """Lists the backbones: parameters, multiply-adds, published accuracy, and on request the measured throughput.
 
-    densezoo models                                   all of densezoo's own, as a table
-    densezoo models 'caformer*' --size 384            a shell pattern; multiply-adds at 384x384
-    densezoo models 'poolformer_s*' --throughput      images per second here, batch 8
-    densezoo models --format markdown                 or json
+densezoo models                                   all of densezoo's own, as a table
+densezoo models 'caformer*' --size 384            a shell pattern; multiply-adds at 384x384
+densezoo models 'poolformer_s*' --throughput      images per second here, batch 8
+densezoo models --format markdown                 or json
 """
 
 import argparse
@@ -20,8 +20,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from densezoo.backbones import create_model, list_models
 from densezoo.tools.common import report_errors
 
-COLUMNS = {'name': 'model', 'size': 'size', 'params': 'params (M)', 'macs': 'MACs (G)', 'top1': 'top-1 (%)',
-           'images_per_second': 'images/s', 'licence': 'licence'}
+COLUMNS = {
+    'name': 'model',
+    'size': 'size',
+    'params': 'params (M)',
+    'macs': 'MACs (G)',
+    'top1': 'top-1 (%)',
+    'images_per_second': 'images/s',
+    'licence': 'licence',
+}
 
 
 def describe(name: str, *, size: int | None = None, dense: bool = False) -> dict[str, Any]:
@@ -41,8 +48,11 @@ def describe(name: str, *, size: int | None = None, dense: bool = False) -> dict
         side = size if size is not None and model.sizes.dynamic else model.default_cfg['input_size'][-1]
         image = torch.empty(1, 3, side, side)
     return {
-        'name': name, 'size': side, 'params': sum(p.numel() for p in model.parameters()) / 1e6,
-        'macs': count_macs(model, image) / 1e9, 'top1': model.metadata.get('top1'),
+        'name': name,
+        'size': side,
+        'params': sum(p.numel() for p in model.parameters()) / 1e6,
+        'macs': count_macs(model, image) / 1e9,
+        'top1': model.metadata.get('top1'),
         'licence': model.metadata.get('licence'),
     }
 
@@ -54,14 +64,15 @@ def count_macs(model: nn.Module, image: torch.Tensor) -> float:
     return counter.get_total_flops() / 2
 
 
-def measure(name: str, *, size: int, dense: bool = False, batch: int = 8, repeats: int = 5,
-            device: str = 'cpu') -> float:
+def measure(
+    name: str, *, size: int, dense: bool = False, batch: int = 8, repeats: int = 5, device: str = 'cpu'
+) -> float:
     """Images per second of the fastest of `repeats` forward passes: float32, evaluation mode, channels_last."""
     model = create_model(name, features_only=dense).eval().to(device).to(memory_format=torch.channels_last)
     images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     fastest = float('inf')
     with torch.inference_mode():
-        for _ in range(repeats + 1):                    # the first one warms up
+        for _ in range(repeats + 1):  # the first one warms up
             start = time.perf_counter()
             model(images)
             if device != 'cpu':
@@ -76,8 +87,10 @@ def as_text(rows: list[dict[str, Any]], markdown: bool = False) -> str:
     cells = [[COLUMNS[key] for key in keys]] + [[_cell(row.get(key)) for key in keys] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(keys))]
     numeric = [all(not isinstance(row.get(key), str) for row in rows) for key in keys]
-    lines = [[text.rjust(width) if number else text.ljust(width) for text, width, number in zip(line, widths, numeric)]
-             for line in cells]
+    lines = [
+        [text.rjust(width) if number else text.ljust(width) for text, width, number in zip(line, widths, numeric)]
+        for line in cells
+    ]
     if not markdown:
         return '\n'.join('  '.join(line).rstrip() for line in lines)
     rule = ['-' * (width - 1) + ':' if number else '-' * width for width, number in zip(widths, numeric)]
@@ -92,9 +105,10 @@ def _cell(value: Any) -> str:
 
 @report_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog='densezoo models', description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('filter', nargs='?', default='*', help="shell pattern of names; with a dot, of name.weights")
+    parser = argparse.ArgumentParser(
+        prog='densezoo models', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('filter', nargs='?', default='*', help='shell pattern of names; with a dot, of name.weights')
     parser.add_argument('--format', choices=('table', 'json', 'markdown'), default='table')
     parser.add_argument('--size', type=int, help='height and width; by default the published one')
     parser.add_argument('--dense', action='store_true', help='the dense form: a pyramid, no classifier')
@@ -109,8 +123,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in names:
         row = describe(name, size=arguments.size, dense=arguments.dense)
         if arguments.throughput:
-            row['images_per_second'] = measure(name, size=row['size'], dense=arguments.dense, batch=arguments.batch,
-                                               device=arguments.device)
+            row['images_per_second'] = measure(
+                name, size=row['size'], dense=arguments.dense, batch=arguments.batch, device=arguments.device
+            )
         rows.append(row)
     if arguments.format == 'json':
         print(json.dumps(rows, indent=2))

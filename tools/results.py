@@ -54,7 +54,8 @@ def quickstart_rows(runs: Path) -> list[str]:
             value = metrics[metric]
             text = f'{100 * value:.1f}' if metric == 'accuracy/top1' else f'{value:.2f}'
             lines.append(
-                f'| `densezoo train quickstart/{task}` | {data} | {title} | {text} | {metrics["seconds"] / 60:.1f} min |'
+                f'| `densezoo train quickstart/{task}` | {data} | {title} | {text} '
+                f'| {metrics["seconds"] / 60:.1f} min |'
             )
     return lines
 
@@ -62,7 +63,7 @@ def quickstart_rows(runs: Path) -> list[str]:
 def latest_pictures(run: Path, count: int) -> list[Path]:
     """The pictures of a run's last validation."""
     folders = sorted((run / 'predictions').glob('iter_*'))
-    return [path for path in sorted(folders[-1].glob('[0-9]*.png'))[:count]] if folders else []
+    return sorted(folders[-1].glob('[0-9]*.png'))[:count] if folders else []
 
 
 def write_sheet(files: Sequence[Path], path: Path, columns: int, width: int) -> None:
@@ -80,8 +81,8 @@ def results_page(runs: Path, images: Path) -> str:
     lines = [
         '# Results',
         '',
-        f'Measured on {torch.get_num_threads()} cores of a CPU ({platform.machine()}), torch {torch.__version__}, by the '
-        'commands below; this page and its pictures are written by `python tools/results.py runs`.',
+        f'Measured on {torch.get_num_threads()} cores of a CPU ({platform.machine()}), torch {torch.__version__}, '
+        'by the commands below; this page and its pictures are written by `python tools/results.py runs`.',
     ]
     for task in TASKS:
         run = runs / task
@@ -100,7 +101,12 @@ def results_page(runs: Path, images: Path) -> str:
             lines += ['', f'![curves](images/{task}_curves.png)']
     benchmarks = [name for name in BENCHMARKS if (runs / f'benchmark_{name}.json').is_file()]
     if benchmarks:
-        lines += ['', '## Benchmarks', '', 'Side by side in one run, in turn, the minimum of several; above 1 ours is faster.']
+        lines += [
+            '',
+            '## Benchmarks',
+            '',
+            'Side by side in one run, in turn, the minimum of several; above 1 ours is faster.',
+        ]
     for name in benchmarks:
         rows = json.loads((runs / f'benchmark_{name}.json').read_text())
         lines += ['', f'### {BENCHMARKS[name]}', '', '```', f'densezoo benchmark {name}', '```', '', table(rows)]

@@ -18,15 +18,22 @@ from torch import Tensor
 from torchvision.io import write_png
 
 _LEGIBLE = 256  # shorter side of a panel that needs no enlargement
-_BAND = 22      # height of a caption
+_BAND = 22  # height of a caption
 _FONT = 15
 _RIGHT, _WRONG, _PLAIN = (24, 120, 48), (190, 30, 30), (45, 45, 45)
 
 Metainfo = Mapping[str, Any]
 
 
-def draw(image: Tensor | np.ndarray, result: Mapping[str, Any], target: Mapping[str, Any] | None = None,
-         metainfo: Metainfo | None = None, *, score_threshold: float = 0.3, max_boxes: int = 100) -> np.ndarray:
+def draw(
+    image: Tensor | np.ndarray,
+    result: Mapping[str, Any],
+    target: Mapping[str, Any] | None = None,
+    metainfo: Metainfo | None = None,
+    *,
+    score_threshold: float = 0.3,
+    max_boxes: int = 100,
+) -> np.ndarray:
     """One picture of one result, beside the truth where it is known.
 
     Args:
@@ -54,9 +61,16 @@ def draw(image: Tensor | np.ndarray, result: Mapping[str, Any], target: Mapping[
     raise ValueError(f"a result holds 'boxes', 'mask', 'image' or 'label', got {sorted(result)}")
 
 
-def save_pictures(folder: str | Path, images: Sequence[Tensor | np.ndarray], results: Sequence[Mapping[str, Any]],
-                  targets: Sequence[Mapping[str, Any]] | None = None, metainfo: Metainfo | None = None, *,
-                  columns: int = 0, score_threshold: float = 0.3) -> list[Path]:
+def save_pictures(
+    folder: str | Path,
+    images: Sequence[Tensor | np.ndarray],
+    results: Sequence[Mapping[str, Any]],
+    targets: Sequence[Mapping[str, Any]] | None = None,
+    metainfo: Metainfo | None = None,
+    *,
+    columns: int = 0,
+    score_threshold: float = 0.3,
+) -> list[Path]:
     """Draw each result into `<folder>/<nnn>_<name of the file>.png` and all of them onto `<folder>/sheet.png`.
 
     Args:
@@ -68,8 +82,10 @@ def save_pictures(folder: str | Path, images: Sequence[Tensor | np.ndarray], res
         The files, the sheet last; nothing for no images.
     """
     if len(images) != len(results) or (targets is not None and len(targets) != len(results)):
-        raise ValueError(f'one result and target per image are needed, got {len(images)} images, {len(results)} '
-                         f'results, {len(targets) if targets is not None else "no"} targets')
+        raise ValueError(
+            f'one result and target per image are needed, got {len(images)} images, {len(results)} '
+            f'results, {len(targets) if targets is not None else "no"} targets'
+        )
     pictures, files = [], []
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
@@ -107,7 +123,7 @@ def grid(pictures: Sequence[np.ndarray], columns: int = 0, *, gap: int = 6) -> n
     sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, dtype=np.uint8)
     for number, picture in enumerate(pictures):
         top, left = (number // columns) * (height + gap) + gap, (number % columns) * (width + gap) + gap
-        sheet[top:top + picture.shape[0], left:left + picture.shape[1]] = picture
+        sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
     return sheet
 
 
@@ -155,16 +171,23 @@ def curves(rows: Iterable[Mapping[str, Any]] | str | Path, path: str | Path) -> 
 # -------------------------------------------------------------------------------------------- the four kinds
 
 
-def _draw_detection(pixels: np.ndarray, result: Mapping[str, Any], target: Mapping[str, Any], metainfo: Metainfo,
-                    score_threshold: float, max_boxes: int) -> np.ndarray:
+def _draw_detection(
+    pixels: np.ndarray,
+    result: Mapping[str, Any],
+    target: Mapping[str, Any],
+    metainfo: Metainfo,
+    score_threshold: float,
+    max_boxes: int,
+) -> np.ndarray:
     seen = pixels.shape[:2]
     height, width = target.get('original_size', seen)
     ground, factor = _enlarged(_resized(pixels, height, width), Image.Resampling.LANCZOS)
     scores = _array(result['scores'])
     order = [i for i in np.argsort(-scores, kind='stable')[:max_boxes] if scores[i] >= score_threshold]
     masks = _array(result['masks'])[order] if 'masks' in result else None
-    found = _objects(ground, factor, _array(result['boxes'])[order], _array(result['labels'])[order], masks, metainfo,
-                     scores[order])
+    found = _objects(
+        ground, factor, _array(result['boxes'])[order], _array(result['labels'])[order], masks, metainfo, scores[order]
+    )
     if 'boxes' not in target:
         return _under(found, f'{len(order)} found (score >= {score_threshold:g})')
     seen_height, seen_width = target.get('size', seen)
@@ -172,14 +195,19 @@ def _draw_detection(pixels: np.ndarray, result: Mapping[str, Any], target: Mappi
     boxes = _array(target['boxes']).reshape(-1, 4) * scale
     masks = None
     if 'masks' in target:
-        masks = np.array([_resized(mask.astype(np.uint8), height, width, Image.Resampling.NEAREST) > 0
-                          for mask in _array(target['masks'])]).reshape(-1, height, width)
+        masks = np.array(
+            [
+                _resized(mask.astype(np.uint8), height, width, Image.Resampling.NEAREST) > 0
+                for mask in _array(target['masks'])
+            ]
+        ).reshape(-1, height, width)
     truth = _objects(ground, factor, boxes, _array(target['labels']), masks, metainfo, None)
     return _beside([_under(found, 'prediction'), _under(truth, 'truth')])
 
 
-def _draw_segmentation(pixels: np.ndarray, result: Mapping[str, Any], target: Mapping[str, Any],
-                       metainfo: Metainfo) -> np.ndarray:
+def _draw_segmentation(
+    pixels: np.ndarray, result: Mapping[str, Any], target: Mapping[str, Any], metainfo: Metainfo
+) -> np.ndarray:
     found = _array(result['mask'])
     height, width = found.shape
     ground, factor = _enlarged(_resized(pixels, height, width), Image.Resampling.LANCZOS)
@@ -203,8 +231,9 @@ def _draw_restoration(pixels: np.ndarray, result: Mapping[str, Any], target: Map
     return _beside(panels)
 
 
-def _draw_classification(pixels: np.ndarray, result: Mapping[str, Any], target: Mapping[str, Any],
-                         metainfo: Metainfo) -> np.ndarray:
+def _draw_classification(
+    pixels: np.ndarray, result: Mapping[str, Any], target: Mapping[str, Any], metainfo: Metainfo
+) -> np.ndarray:
     label, scores = int(result['label']), _array(result['scores'])
     caption, colour = f'{_name(metainfo, label)}  {100 * scores[label]:.1f} %', _PLAIN
     truth = target.get('label')
@@ -232,8 +261,15 @@ def as_pixels(image: Tensor | np.ndarray) -> np.ndarray:
     return image.to(torch.uint8).expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
 
 
-def _objects(ground: np.ndarray, factor: int, boxes: np.ndarray, labels: np.ndarray, masks: np.ndarray | None,
-             metainfo: Metainfo, scores: np.ndarray | None) -> np.ndarray:
+def _objects(
+    ground: np.ndarray,
+    factor: int,
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    masks: np.ndarray | None,
+    metainfo: Metainfo,
+    scores: np.ndarray | None,
+) -> np.ndarray:
     """Masks first, then boxes, then their names, best last."""
     canvas = ground.astype(np.float32)
     order = range(len(boxes) - 1, -1, -1)
@@ -309,8 +345,9 @@ def _enlarged(picture: np.ndarray, resample: Image.Resampling) -> tuple[np.ndarr
     return _resized(picture, height * factor, width * factor, resample), factor
 
 
-def _resized(picture: np.ndarray, height: int, width: int,
-             resample: Image.Resampling = Image.Resampling.BILINEAR) -> np.ndarray:
+def _resized(
+    picture: np.ndarray, height: int, width: int, resample: Image.Resampling = Image.Resampling.BILINEAR
+) -> np.ndarray:
     if picture.shape[:2] == (height, width):
         return picture
     return np.asarray(Image.fromarray(picture).resize((int(width), int(height)), resample))

@@ -1,4 +1,5 @@
 """The MetaFormer block: two residual branches, one that mixes tokens and one that mixes channels."""
+
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
@@ -20,8 +21,17 @@ class MetaFormerBlock(nn.Module):
         res_scale: start value of a learnable a per channel; None leaves it out.
     """
 
-    def __init__(self, *, dim: int, norm: NormFactory, mixer: nn.Module, mlp: nn.Module, drop_path: float = 0.0,
-                 layer_scale: float | None = None, res_scale: float | None = None):
+    def __init__(
+        self,
+        *,
+        dim: int,
+        norm: NormFactory,
+        mixer: nn.Module,
+        mlp: nn.Module,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        res_scale: float | None = None,
+    ):
         super().__init__()
         self.norm1 = norm(dim)
         self.token_mixer = mixer
@@ -40,7 +50,7 @@ class MetaFormerBlock(nn.Module):
     def _add(self, x: Tensor, branch: Tensor, res_scale: Scale | None, layer_scale: Scale | None) -> Tensor:
         branch = self.drop_path(branch)
         if layer_scale is not None and res_scale is None:
-            return torch.addcmul(x, branch, layer_scale.scale)      # one pass over memory instead of two
+            return torch.addcmul(x, branch, layer_scale.scale)  # one pass over memory instead of two
         if layer_scale is not None:
             branch = layer_scale(branch)
         if res_scale is not None:

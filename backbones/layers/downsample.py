@@ -1,4 +1,5 @@
 """Convolutional stems and downsampling whose maps have ceil(size / stride) positions at every size."""
+
 from torch import Tensor, nn
 
 from .grid import pad_bottom_right, to_first, to_last
@@ -15,8 +16,18 @@ class ConvDownsample(nn.Module):
         image: the input is (B, C, H, W), an image, instead of (B, H, W, C), a map.
     """
 
-    def __init__(self, in_dim: int, dim: int, *, kernel: int, stride: int, padding: int,
-                 pre_norm: NormFactory | None = None, post_norm: NormFactory | None = None, image: bool = False):
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        *,
+        kernel: int,
+        stride: int,
+        padding: int,
+        pre_norm: NormFactory | None = None,
+        post_norm: NormFactory | None = None,
+        image: bool = False,
+    ):
         super().__init__()
         self.image, self.stride = image, stride
         self.drops_border = kernel > 2 * padding + 1

@@ -3,6 +3,7 @@
 All sizes are computed ceil first (n = ceil(size / multiple), then n * multiple): written as `-size % multiple` the same
 networks do not export with dynamic sizes.
 """
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,7 +23,7 @@ def pad_bottom_right(x: Tensor, multiple: int) -> Tensor:
     height, width = x.shape[-2:]
     bottom, right = padded(height, multiple) - height, padded(width, multiple) - width
     if isinstance(bottom, int) and isinstance(right, int) and bottom == 0 and right == 0:
-        return x                        # symbolic sizes always go through pad: one graph for every size
+        return x  # symbolic sizes always go through pad: one graph for every size
     return F.pad(x, (0, right, 0, bottom))
 
 

@@ -1,4 +1,5 @@
 """Classifier heads of the families: from pooled features (B, C) to logits (B, K)."""
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 

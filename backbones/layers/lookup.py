@@ -1,4 +1,5 @@
 """Names that callers pass: finding what they mean, or saying what they could have meant."""
+
 from collections.abc import Iterable, Mapping
 from difflib import SequenceMatcher
 from typing import TypeVar

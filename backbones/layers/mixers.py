@@ -2,6 +2,7 @@
 
 A mixer takes `dim` and keyword options; one whose parameters depend on the size of its map also takes `grid`, (H, W).
 """
+
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,11 +21,13 @@ MIXERS: dict[str, Callable[..., nn.Module]] = {}
 
 def mixer(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
     """Class decorator: makes a mixer available to every family under `name`."""
+
     def add(cls: type[nn.Module]) -> type[nn.Module]:
         if name in MIXERS:
             raise ValueError(f'mixer {name!r} is already registered by {MIXERS[name]!r}')
         MIXERS[name] = cls
         return cls
+
     return add
 
 
@@ -45,8 +48,9 @@ def build_mixer(spec: str | Mapping[str, Any], *, dim: int, grid: tuple[int, int
     for option in options:
         if option not in accepted or option in ('dim', 'grid'):
             names = [key for key in accepted if key not in ('dim', 'grid')]
-            raise TypeError(f'mixer {name!r} has no option {option!r}{nearest(option, names)}; '
-                            f'it has {", ".join(names) or "none"}')
+            raise TypeError(
+                f'mixer {name!r} has no option {option!r}{nearest(option, names)}; it has {", ".join(names) or "none"}'
+            )
     if 'grid' in accepted:
         options['grid'] = grid
     return make(dim=dim, **options)
@@ -100,8 +104,9 @@ class RandomMixer(nn.Module):
 class SepConv(nn.Module):
     """Inverted separable convolution: widen, activate, depthwise convolution, narrow. ConvFormer, arXiv 2210.13452."""
 
-    def __init__(self, *, dim: int, expansion: float = 2.0, kernel: int = 7, act: str = 'star_relu',
-                 bias: bool = False):
+    def __init__(
+        self, *, dim: int, expansion: float = 2.0, kernel: int = 7, act: str = 'star_relu', bias: bool = False
+    ):
         super().__init__()
         wide = int(dim * expansion)
         self.pwconv1 = nn.Linear(dim, wide, bias=bias)

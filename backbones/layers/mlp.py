@@ -1,4 +1,5 @@
 """Channel MLPs and the activations of the MetaFormer families, on (..., C) tensors."""
+
 from collections.abc import Callable
 
 import torch
@@ -20,7 +21,7 @@ class StarReLU(nn.Module):
         x = F.relu(x)
         if torch.is_grad_enabled():
             return torch.addcmul(self.bias, x.square(), self.scale)
-        return x.square_().mul_(self.scale).add_(self.bias)     # allocating maps of this size costs more than the sums
+        return x.square_().mul_(self.scale).add_(self.bias)  # allocating maps of this size costs more than the sums
 
 
 class SquaredReLU(nn.Module):
@@ -30,8 +31,12 @@ class SquaredReLU(nn.Module):
         return F.relu(x).square()
 
 
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {'gelu': nn.GELU, 'relu': nn.ReLU, 'star_relu': StarReLU,
-                                                   'squared_relu': SquaredReLU}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    'gelu': nn.GELU,
+    'relu': nn.ReLU,
+    'star_relu': StarReLU,
+    'squared_relu': SquaredReLU,
+}
 
 
 class Mlp(nn.Module):

@@ -1,4 +1,5 @@
 """Normalisations of (B, H, W, C) maps, built by name."""
+
 from collections.abc import Callable
 from functools import partial
 
@@ -35,9 +36,9 @@ class JointNorm(nn.Module):
 
 
 NORMS: dict[str, NormFactory] = {
-    'layer': LayerNorm,                                         # eps 1e-6
+    'layer': LayerNorm,  # eps 1e-6
     'layer_no_bias': partial(LayerNorm, bias=False),
-    'joint': JointNorm,                                         # eps 1e-5
+    'joint': JointNorm,  # eps 1e-5
     'joint_no_bias': partial(JointNorm, eps=1e-6, bias=False),
 }
 

@@ -1,4 +1,5 @@
 """What surrounds a branch: learnable scales per channel, and stochastic depth."""
+
 from collections.abc import Sequence
 
 import torch
@@ -21,4 +22,4 @@ def drop_path_schedule(depths: Sequence[int], rate: float) -> list[list[float]]:
     total = sum(depths)
     rates = [rate * k / max(total - 1, 1) for k in range(total)]
     starts = [sum(depths[:s]) for s in range(len(depths))]
-    return [rates[start:start + depth] for start, depth in zip(starts, depths)]
+    return [rates[start : start + depth] for start, depth in zip(starts, depths)]

@@ -5,7 +5,7 @@ from mmengine.runner import ValLoop
 from torch.optim import AdamW
 from torchvision.transforms import v2
 
-from densezoo.data import ADE20K, ResizeImageOnly, ResizeRange, CropWithoutOneClassDominating
+from densezoo.data import ADE20K, CropWithoutOneClassDominating, ResizeImageOnly, ResizeRange
 from densezoo.train import IterLoop, OptimWrapper
 from densezoo.train.evaluators import SegmentationMetric
 
@@ -32,9 +32,7 @@ train_dataloader = dict(
 val_dataloader = dict(
     batch_size=1,
     num_workers=4,
-    dataset=dict(
-        type=ADE20K, root=root, split='val', transforms=[dict(type=ResizeImageOnly, short=512, long=2048)]
-    ),
+    dataset=dict(type=ADE20K, root=root, split='val', transforms=[dict(type=ResizeImageOnly, short=512, long=2048)]),
 )
 val_evaluator = dict(type=SegmentationMetric)
 

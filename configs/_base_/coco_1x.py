@@ -26,9 +26,7 @@ train_dataloader = dict(
 val_dataloader = dict(
     batch_size=1,
     num_workers=4,
-    dataset=dict(
-        type=CocoDetection, root=root, split='val', transforms=[dict(type=ResizeRange, short=800, long=1333)]
-    ),
+    dataset=dict(type=CocoDetection, root=root, split='val', transforms=[dict(type=ResizeRange, short=800, long=1333)]),
 )
 val_evaluator = dict(type=CocoMetric, iou_types=('bbox',))
 

@@ -1,7 +1,7 @@
 """ImageNet-1k for 300 epochs: DeiT's augmentation, AdamW, cosine decay; an ImageFolder under imagenet/{train,val}.
 
-Differs from timm's training script: RandAugment is torchvision's (two operations of magnitude 9, without timm's noise on
-the magnitude), and erased rectangles are grey rather than noise.
+Differs from timm's training script: RandAugment is torchvision's (two operations of magnitude 9, without timm's noise
+on the magnitude), and erased rectangles are grey rather than noise.
 """
 
 from mmengine.optim import CosineAnnealingLR, LinearLR

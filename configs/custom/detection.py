@@ -14,9 +14,7 @@ with read_base():
 
 model = dict(
     type=Detector,
-    backbone=dict(
-        type=create_model, name='caformer_s18', pretrained=True, features_only=True, out_indices=(1, 2, 3)
-    ),
+    backbone=dict(type=create_model, name='caformer_s18', pretrained=True, features_only=True, out_indices=(1, 2, 3)),
     neck=dict(type=FPN, out_channels=256, extra='p6p7'),
     head=dict(type=FCOS, num_classes=10),
     preprocess=dict(type=Preprocess, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), divisor=32),

@@ -33,7 +33,5 @@ train_dataloader = dict(
         ],
     ),
 )
-val_dataloader = dict(
-    batch_size=1, num_workers=4, dataset=dict(type=PairedFolder, root='data', split='val')
-)
+val_dataloader = dict(batch_size=1, num_workers=4, dataset=dict(type=PairedFolder, root='data', split='val'))
 val_evaluator = dict(type=RestorationMetric, baselines=('input',))

@@ -11,9 +11,7 @@ with read_base():
 
 model = dict(
     type=Detector,
-    backbone=dict(
-        type=create_model, name='poolformer_s12', pretrained=True, features_only=True, out_indices=(1, 2, 3)
-    ),
+    backbone=dict(type=create_model, name='poolformer_s12', pretrained=True, features_only=True, out_indices=(1, 2, 3)),
     neck=dict(type=FPN, out_channels=256, extra='p6p7', extra_source='input', extra_relu=False),
     head=dict(type=RetinaNet, num_classes=80),
     preprocess=dict(type=Preprocess, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), divisor=32),

@@ -12,7 +12,7 @@ from densezoo.train.evaluators import Accuracy
 with read_base():
     from .._base_.schedule_quickstart import *
 
-max_iters = 1000
+max_iters = 1200
 
 model = dict(
     type=ImageClassifier,
@@ -39,8 +39,14 @@ train_dataloader = dict(
         split='train',
         # No flips: a mirrored digit is another sign.
         transforms=[
-            dict(type=v2.RandomAffine, degrees=12, translate=(0.08, 0.08), scale=(0.85, 1.15), shear=8,
-                 interpolation='bilinear'),
+            dict(
+                type=v2.RandomAffine,
+                degrees=12,
+                translate=(0.08, 0.08),
+                scale=(0.85, 1.15),
+                shear=8,
+                interpolation='bilinear',
+            ),
         ],
     ),
 )
@@ -51,5 +57,5 @@ val_dataloader = dict(
 )
 val_evaluator = dict(type=Accuracy, topk=(1, 5))
 
-train_cfg.update(max_iters=max_iters, val_interval=500)
+train_cfg.update(max_iters=max_iters, val_interval=600)
 param_scheduler[1].update(end=max_iters)

@@ -25,7 +25,7 @@ model = dict(
         dims=(48, 96, 128, 160),
         depths=(1, 1, 2, 1),
     ),
-    head=dict(type=UNetRestorer, channels=24, loss='mse'),
+    head=dict(type=UNetRestorer, channels=24, loss='charbonnier'),
     preprocess=dict(type=Preprocess),
 )
 
@@ -49,9 +49,7 @@ train_dataloader = dict(
 val_dataloader = dict(
     batch_size=8,
     num_workers=0,
-    dataset=dict(
-        type=CleanFolder, root='demo:restoration', split='val', degrade=dict(type=GaussianNoise, sigma=25)
-    ),
+    dataset=dict(type=CleanFolder, root='demo:restoration', split='val', degrade=dict(type=GaussianNoise, sigma=25)),
 )
 val_evaluator = dict(type=RestorationMetric, baselines=('input', 'blur', 'nlm'))
 

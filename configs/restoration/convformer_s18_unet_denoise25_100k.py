@@ -3,7 +3,6 @@
 Train on what you have under denoise/train (DIV2K, Flickr2K, BSD400, WED in the literature), test on denoise/val.
 """
 
-from mmengine.config import read_base
 from mmengine.optim import CosineAnnealingLR
 from mmengine.runner import ValLoop
 from torch.optim import AdamW

@@ -30,8 +30,18 @@ _TILE, _TILES = 128, 28  # side, and most tiles of one photograph
 _VAL_CROP = 96
 _VAL_CROPS = 32
 _FLAT = 3.0  # texture below this teaches a restorer nothing
-_DIGIT_COLOURS = [(230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48), (145, 30, 180),
-                  (70, 240, 240), (240, 50, 230), (210, 245, 60), (250, 190, 212)]
+_DIGIT_COLOURS = [
+    (230, 25, 75),
+    (60, 180, 75),
+    (255, 225, 25),
+    (0, 130, 200),
+    (245, 130, 48),
+    (145, 30, 180),
+    (70, 240, 240),
+    (240, 50, 230),
+    (210, 245, 60),
+    (250, 190, 212),
+]
 
 
 def is_demo(root: str) -> bool:
@@ -57,8 +67,9 @@ def resolve(root: str) -> pathlib.Path:
     if match is None or match[1] not in NAMES:
         near = difflib.get_close_matches(str(root).removeprefix('demo:'), NAMES, n=1, cutoff=0.4)
         hint = f'; did you mean demo:{near[0]}?' if near else ''
-        raise ValueError(f'unknown demo dataset {root=}: must be one of '
-                         f'{", ".join("demo:" + name for name in NAMES)}{hint}')
+        raise ValueError(
+            f'unknown demo dataset {root=}: must be one of {", ".join("demo:" + name for name in NAMES)}{hint}'
+        )
     build = _BUILDERS[match[1]]
     folder = build.__name__.removeprefix('_')
     size = _SIZE
@@ -116,8 +127,10 @@ def _scenes(folder: pathlib.Path, size: int) -> None:
     except ImportError as error:
         raise MissingExtra(f'the demo data needs pycocotools: pip install densezoo[demo] ({error})') from None
     _save_json(folder / 'split.json', split())
-    _save_json(folder / 'classes.json', {'classes': ['background', *map(str, range(10))],
-                                         'palette': [(0, 0, 0), *_DIGIT_COLOURS]})
+    _save_json(
+        folder / 'classes.json',
+        {'classes': ['background', *map(str, range(10))], 'palette': [(0, 0, 0), *_DIGIT_COLOURS]},
+    )
     (folder / 'annotations').mkdir()
     for number, part in enumerate(SPLITS):
         for kind in ('images', 'masks'):
@@ -128,22 +141,36 @@ def _scenes(folder: pathlib.Path, size: int) -> None:
         for index, scene in enumerate(track(scenes, f'demo:detection {part}', _SCENES[part])):
             file = f'{index:05d}.png'
             labels = np.zeros((size, size), dtype=np.uint8)
-            images.append({'id': index + 1, 'file_name': file, 'height': size, 'width': size,
-                           'photograph': scene.photograph})
+            images.append(
+                {'id': index + 1, 'file_name': file, 'height': size, 'width': size, 'photograph': scene.photograph}
+            )
             for digit in scene.digits:
                 labels[digit.mask] = digit.label + 1
                 run_lengths = pycocotools.mask.encode(np.asfortranarray(digit.mask, dtype=np.uint8))
-                annotations.append({
-                    'id': len(annotations) + 1, 'image_id': index + 1, 'category_id': digit.label + 1,
-                    'bbox': list(digit.box), 'area': int(digit.mask.sum()), 'iscrowd': 0,
-                    'segmentation': {'size': [size, size], 'counts': run_lengths['counts'].decode()},
-                    'digit': digit.scan})
+                annotations.append(
+                    {
+                        'id': len(annotations) + 1,
+                        'image_id': index + 1,
+                        'category_id': digit.label + 1,
+                        'bbox': list(digit.box),
+                        'area': int(digit.mask.sum()),
+                        'iscrowd': 0,
+                        'segmentation': {'size': [size, size], 'counts': run_lengths['counts'].decode()},
+                        'digit': digit.scan,
+                    }
+                )
             _save_png(folder / 'images' / part / file, scene.image)
             _save_png(folder / 'masks' / part / file, labels)
-        _save_json(folder / 'annotations' / f'instances_{part}.json', {
-            'info': {'description': 'densezoo demo: scanned digits on photographs', 'version': str(VERSION)},
-            'licenses': [], 'images': images, 'annotations': annotations,
-            'categories': [{'id': label + 1, 'name': str(label), 'supercategory': 'digit'} for label in range(10)]})
+        _save_json(
+            folder / 'annotations' / f'instances_{part}.json',
+            {
+                'info': {'description': 'densezoo demo: scanned digits on photographs', 'version': str(VERSION)},
+                'licenses': [],
+                'images': images,
+                'annotations': annotations,
+                'categories': [{'id': label + 1, 'name': str(label), 'supercategory': 'digit'} for label in range(10)],
+            },
+        )
 
 
 def _restoration(folder: pathlib.Path, size: int) -> None:
@@ -170,7 +197,7 @@ def crops(part: str) -> Iterator[tuple[str, int, int, np.ndarray]]:
             picture = _reduced(whole, percent)
             for top in range(0, picture.shape[0] - side + 1, step):
                 for left in range(0, picture.shape[1] - side + 1, step):
-                    pixels = picture[top:top + side, left:left + side]
+                    pixels = picture[top : top + side, left : left + side]
                     label = name if percent == 100 else f'{name}-{percent}'
                     cells.append((texture(pixels), label, top, left, pixels))
         if part == 'train':  # no photograph outweighs the others
@@ -193,8 +220,12 @@ def texture(pixels: np.ndarray) -> float:
     return float(np.median(blocks.std(axis=(1, 3))))
 
 
-_BUILDERS = {'classification': _classification, 'detection': _scenes, 'segmentation': _scenes,
-             'restoration': _restoration}
+_BUILDERS = {
+    'classification': _classification,
+    'detection': _scenes,
+    'segmentation': _scenes,
+    'restoration': _restoration,
+}
 NAMES = tuple(_BUILDERS)
 
 

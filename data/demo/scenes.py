@@ -15,13 +15,13 @@ from PIL import Image
 
 from .sources import digits, photograph, split
 
-_ZOOM = 10      # canvas pixels per scan pixel
-_MARGIN = 1     # empty scan pixels around the scan
+_ZOOM = 10  # canvas pixels per scan pixel
+_MARGIN = 1  # empty scan pixels around the scan
 _FINE, _COARSE = 0.5, 1.2  # standard deviations (scan pixels) of the two kernels: ink = 2 fine - coarse
-_CUT = 0.5      # ink above this is the digit
-_GAP = 2        # background pixels that stay between two digits
+_CUT = 0.5  # ink above this is the digit
+_GAP = 2  # background pixels that stay between two digits
 _CONTRAST = 95  # least luminance difference (0..255) between ink and the mean ground under it
-_VISIBLE = 60   # a ground pixel this far from the ink shows the outline
+_VISIBLE = 60  # a ground pixel this far from the ink shows the outline
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
@@ -50,8 +50,14 @@ class Scene:
     photograph: str
 
 
-def draw_scene(*, seed: tuple[int, ...], part: str, size: int = 96, counts: tuple[int, int] = (2, 5),
-               heights: tuple[int, int] = (22, 44)) -> Scene:
+def draw_scene(
+    *,
+    seed: tuple[int, ...],
+    part: str,
+    size: int = 96,
+    counts: tuple[int, int] = (2, 5),
+    heights: tuple[int, int] = (22, 44),
+) -> Scene:
     """Draw one scene, a function of its arguments alone.
 
     Args:
@@ -78,7 +84,7 @@ def draw_scene(*, seed: tuple[int, ...], part: str, size: int = 96, counts: tupl
             if rows > size - 2 or columns > size - 2:
                 continue
             y, x = int(rng.integers(1, size - rows)), int(rng.integers(1, size - columns))
-            spot = np.s_[y:y + rows, x:x + columns]
+            spot = np.s_[y : y + rows, x : x + columns]
             if (taken[spot] & (alpha > 0)).any():
                 continue
             ink, visible = _ink(canvas[spot], alpha, rng)
@@ -109,14 +115,15 @@ def glyph(scan: int, height: int, *, slant: float = 0.0, stretch: float = 1.0) -
     # output pixel -> canvas position (PIL samples at pixel centres)
     a, b = scale / stretch, slant * scale / stretch
     affine = (a, b, canvas.shape[1] / 2 - a * middle_x - b * middle_y, 0.0, scale, top - scale)
-    picture = Image.fromarray(canvas).transform((width, height + 2), Image.Transform.AFFINE, affine,
-                                                Image.Resampling.BILINEAR)
+    picture = Image.fromarray(canvas).transform(
+        (width, height + 2), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR
+    )
     ink = np.asarray(picture)
     slope = np.hypot(*np.gradient(ink))
     alpha = np.clip((ink - _CUT) / np.maximum(slope, 1e-3) + 0.5, 0, 1).astype(np.float32)
     alpha[ink < 0.1] = 0  # flat ground far from the outline has no slope to divide by
     filled = np.flatnonzero((alpha > 0).any(0))
-    return alpha[:, filled[0]:filled[-1] + 1]
+    return alpha[:, filled[0] : filled[-1] + 1]
 
 
 @functools.cache
@@ -143,7 +150,7 @@ def _crop(picture: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarra
     side = int(rng.uniform(size, max(size, min(2.5 * size, height, width))))
     side = min(side, height, width)
     y, x = int(rng.integers(0, height - side + 1)), int(rng.integers(0, width - side + 1))
-    crop = picture[y:y + side, x:x + side]
+    crop = picture[y : y + side, x : x + side]
     if rng.random() < 0.5:
         crop = crop[:, ::-1]
     return np.asarray(Image.fromarray(np.ascontiguousarray(crop)).resize((size, size), Image.Resampling.LANCZOS))
@@ -168,5 +175,5 @@ def _dilate(mask: np.ndarray, radius: int) -> np.ndarray:
     height, width = mask.shape
     for dy in range(2 * radius + 1):
         for dx in range(2 * radius + 1):
-            grown |= padded[dy:dy + height, dx:dx + width]
+            grown |= padded[dy : dy + height, dx : dx + width]
     return grown

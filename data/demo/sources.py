@@ -72,7 +72,8 @@ def photograph(name: str) -> np.ndarray:
     if not path.is_file():
         raise FileNotFoundError(
             f'the photograph {file} is not inside the installed {package} ({path.parent}); reinstall it with '
-            'pip install --force-reinstall densezoo[demo]')
+            'pip install --force-reinstall densezoo[demo]'
+        )
     with Image.open(path) as picture:
         return np.asarray(picture.convert('RGB'))
 

@@ -1,4 +1,5 @@
 """Without this, weights could land in the wrong place in silence, or a file could execute code."""
+
 import argparse
 import logging
 import os
@@ -48,11 +49,20 @@ def test_authors_names_and_ours(features_only):
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize('wrap', [
-    lambda s: {'state_dict': s, 'epoch': 1}, lambda s: {'model': s, 'args': argparse.Namespace(lr=0.1)},
-    lambda s: {f'module.{k}': v for k, v in s.items()}, lambda s: {'model': {}, 'state_dict_ema': s},
-    lambda s: {'state_dict': {**{f'backbone.{k}': v for k, v in s.items()}, 'head.weight': torch.ones(3)}, 'meta': {}}],
-    ids=['state_dict', 'namespace', 'parallel', 'averaged', 'detector'])
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda s: {'state_dict': s, 'epoch': 1},
+        lambda s: {'model': s, 'args': argparse.Namespace(lr=0.1)},
+        lambda s: {f'module.{k}': v for k, v in s.items()},
+        lambda s: {'model': {}, 'state_dict_ema': s},
+        lambda s: {
+            'state_dict': {**{f'backbone.{k}': v for k, v in s.items()}, 'head.weight': torch.ones(3)},
+            'meta': {},
+        },
+    ],
+    ids=['state_dict', 'namespace', 'parallel', 'averaged', 'detector'],
+)
 def test_containers(wrap, tmp_path):
     model, state = model_and_state()
     torch.save(wrap(state), tmp_path / 'file.pth')
@@ -62,6 +72,7 @@ def test_containers(wrap, tmp_path):
 
 def test_safetensors(tmp_path):
     from safetensors.torch import save_file
+
     model, state = model_and_state()
     save_file(state, tmp_path / 'file.safetensors')
     load_checkpoint(model, tmp_path / 'file.safetensors')
@@ -91,12 +102,13 @@ def test_untrusted_files_execute_nothing(tmp_path, monkeypatch, zipped):
 def test_foreign_class_is_named(tmp_path):
     from collections import Counter
     from pathlib import PurePosixPath
+
     model, state = model_and_state()
     torch.save({'state_dict': state, 'path': PurePosixPath('a')}, tmp_path / 'f.pth')
     with pytest.raises(ValueError, match=r'f\.pth holds the class pathlib\.\w*\.?PurePosixPath'):
         load_checkpoint(model, tmp_path / 'f.pth')
     torch.save({'state_dict': state, 'count': Counter('ab')}, tmp_path / 'g.pth')
-    load_checkpoint(model, tmp_path / 'g.pth')          # PyTorch itself allows this one
+    load_checkpoint(model, tmp_path / 'g.pth')  # PyTorch itself allows this one
 
 
 def test_damaged_missing_and_empty_files(tmp_path):
@@ -105,7 +117,7 @@ def test_damaged_missing_and_empty_files(tmp_path):
         load_checkpoint(model, tmp_path / 'nothing.pth')
     torch.save(state, tmp_path / 'whole.pth')
     whole = (tmp_path / 'whole.pth').read_bytes()
-    (tmp_path / 'cut.pth').write_bytes(whole[:len(whole) // 2])
+    (tmp_path / 'cut.pth').write_bytes(whole[: len(whole) // 2])
     (tmp_path / 'text.pth').write_text('not weights')
     (tmp_path / 'empty.pth').write_bytes(b'')
     for file in ('cut.pth', 'text.pth', 'empty.pth'):
@@ -127,8 +139,9 @@ def test_strict_names_the_keys(caplog):
         load_checkpoint(model, wrong)
     assert str(caught.value) == (
         'the state dict does not fit poolformer_s12: missing: stages.1.0.norm1.weight; unexpected: stages.9.0.extra; '
-        'of another shape: stages.0.0.mlp.fc1.bias (3,) instead of (64,)')
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())     # nothing half loaded
+        'of another shape: stages.0.0.mlp.fc1.bias (3,) instead of (64,)'
+    )
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())  # nothing half loaded
     load_checkpoint(model, wrong, strict=False)
     assert torch.equal(model.state_dict()['stages.2.0.mlp.fc1.weight'], state['stages.2.0.mlp.fc1.weight'])
     assert 'not loaded, missing: stages.1.0.norm1.weight' in caplog.text and len(caplog.records) == 1
@@ -149,8 +162,14 @@ def test_dense_form_forgives_only_what_it_lacks(caplog):
 
 def test_computed_entries_are_never_loaded():
     model, state = model_and_state()
-    load_checkpoint(model, {**state, 'stages.0.0.token_mixer.relative_position_index': torch.zeros(4),
-                            'stages.0.0.attn_mask': torch.zeros(2)})
+    load_checkpoint(
+        model,
+        {
+            **state,
+            'stages.0.0.token_mixer.relative_position_index': torch.zeros(4),
+            'stages.0.0.attn_mask': torch.zeros(2),
+        },
+    )
 
 
 def test_other_classes_and_channels(caplog):

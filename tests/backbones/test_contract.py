@@ -3,6 +3,7 @@
 Classes declare what differs (`sizes`, `min_dynamic_size`, `new_in_dense`, `reduced`); there are no lists of exceptions
 here. By default one reduced representative of each family runs; `-m slow` runs every name.
 """
+
 import copy
 import inspect
 import logging
@@ -39,7 +40,7 @@ def small(name, features_only=False, **overrides):
         cls = type(create_model(name))
     torch.manual_seed(0)
     model = create_model(name, features_only=features_only, **{**cls.reduced, 'num_classes': 7, **overrides}).eval()
-    with torch.no_grad():           # scales that start near 0 would hide the branches
+    with torch.no_grad():  # scales that start near 0 would hide the branches
         for key, parameter in model.named_parameters():
             if parameter.ndim == 1 and parameter.requires_grad:
                 parameter.copy_(torch.rand_like(parameter) + (0.5 if not key.endswith('bias') else -0.5))
@@ -78,7 +79,8 @@ def test_pyramid_at_any_size(name):
         assert model.feature_info.reduction() == list(STRIDES)
         channels = model.feature_info.channels()
         assert [tuple(m.shape) for m in maps] == [
-            (1, c, -(-height // s), -(-width // s)) for c, s in zip(channels, STRIDES, strict=True)]
+            (1, c, -(-height // s), -(-width // s)) for c, s in zip(channels, STRIDES, strict=True)
+        ]
         assert all(m.isfinite().all() for m in maps)
 
 
@@ -101,7 +103,7 @@ def test_batch_equals_single_images(name, features_only):
     for size in sizes_of(model, (33, 65)):
         x = images(model, 3, size)
         together = as_list(model(x))
-        alone = [as_list(model(x[i:i + 1])) for i in range(3)]
+        alone = [as_list(model(x[i : i + 1])) for i in range(3)]
         close(together, [torch.cat(level) for level in zip(*alone, strict=True)])
 
 
@@ -255,7 +257,7 @@ def test_checkpointing_changes_nothing(name):
         sum(m.square().mean() for m in model(x)).backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
     close(gradients[1], gradients[0])
-    assert len(calls) == 3                  # once, then once forward and once more for the gradients
+    assert len(calls) == 3  # once, then once forward and once more for the gradients
 
 
 @EACH
@@ -271,8 +273,11 @@ def test_parameter_groups(name):
             assert min(layers.values()) < first[0] and first == sorted(set(first))
             last_block = max(layer for key, layer in layers.items() if key.startswith('stages.'))
             assert all(layer == last_block for key, layer in layers.items() if key.startswith('norm.'))
-            assert all(layer == max(layers.values()) for key, layer in layers.items()
-                       if key.startswith(('head.', *model.new_in_dense)))
+            assert all(
+                layer == max(layers.values())
+                for key, layer in layers.items()
+                if key.startswith(('head.', *model.new_in_dense))
+            )
         names = {key for key, _ in model.named_parameters()}
         assert model.no_weight_decay() <= names
         groups = param_groups_layer_decay(model, layer_decay=0.7)
@@ -285,7 +290,7 @@ def test_drop_path_schedule(name):
     rates = [m.drop_prob for m in model.modules() if type(m).__name__ == 'DropPath']
     assert rates and rates[0] == 0 and rates[-1] == pytest.approx(0.3) and rates == sorted(rates)
     x = images(model)
-    assert torch.equal(model(x), model(x))          # evaluation drops nothing
+    assert torch.equal(model(x), model(x))  # evaluation drops nothing
     assert model.train()(x).shape == (2, 7)
 
 
@@ -300,7 +305,7 @@ def test_metadata_and_parameters(name):
     assert published['licence'] and published['paper'].startswith('https://arxiv.org/')
     assert cfg.get('url') or published['page']
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    assert millions == pytest.approx(published['params'], abs=0.1)              # published to one place
+    assert millions == pytest.approx(published['params'], abs=0.1)  # published to one place
     assert all(p.is_meta for p in model.parameters())
 
 

@@ -1,5 +1,6 @@
 """Without this a backbone could drift from the published system: outputs, gradients, keys and parameter counts are
 compared with what the authors' own code gave for the same deterministic weights and images."""
+
 from functools import lru_cache
 
 import probe
@@ -10,8 +11,11 @@ from densezoo.backbones import create_model, list_models, load_checkpoint
 
 NAMES = sorted(path.stem for path in probe.GOLDENS.glob('*.json') if path.stem.split('__')[0] in list_models())
 
-CASES = [pytest.param(name, case['name'], id=f'{name}-{case["name"]}')
-         for name in NAMES for case in probe.load(name)['cases']]
+CASES = [
+    pytest.param(name, case['name'], id=f'{name}-{case["name"]}')
+    for name in NAMES
+    for case in probe.load(name)['cases']
+]
 
 
 @lru_cache(1)
@@ -23,7 +27,13 @@ def build(name):
 
 def test_goldens_of_every_family_are_here():
     assert {name.split('_')[0] for name in NAMES} >= {
-        'poolformer', 'identityformer', 'randformer', 'poolformerv2', 'convformer', 'caformer'}
+        'poolformer',
+        'identityformer',
+        'randformer',
+        'poolformerv2',
+        'convformer',
+        'caformer',
+    }
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -44,7 +54,7 @@ def test_outputs(name, case_name):
     if case_name.startswith('grad'):
         loss = model(x).square().mean()
         loss.backward()
-        names = model.convert({key: key for key in golden['state_dict']})       # ours for the authors' names
+        names = model.convert({key: key for key in golden['state_dict']})  # ours for the authors' names
         ours_of = {theirs: ours for ours, theirs in names.items()}
         parameters = dict(model.named_parameters())
         outputs = {'loss': loss, 'grad_input': x.grad}

@@ -43,7 +43,7 @@ def test_downsampling_is_the_convolution_and_never_drops_a_border(kernel, stride
         rows = min(bare.shape[2], ours.shape[2])
         torch.testing.assert_close(ours[:, :, :rows], bare[:, :, :rows])
         bottom = torch.randn(1, 3, size, 64)
-        bottom[:, :, :-1] = x[:, :, :-1]            # another last row of pixels must be noticed
+        bottom[:, :, :-1] = x[:, :, :-1]  # another last row of pixels must be noticed
         assert not torch.equal(layer(bottom), layer(x))
 
 
@@ -69,7 +69,7 @@ def test_star_relu_has_one_value_with_and_without_gradients():
         act.bias.fill_(-0.4)
         kept = x.clone()
         without = act(x)
-        assert torch.equal(x, kept)                 # works on its own copy
+        assert torch.equal(x, kept)  # works on its own copy
     torch.testing.assert_close(without, 0.9 * x.clamp(min=0) ** 2 - 0.4)
     torch.testing.assert_close(act(x), without)
 
@@ -84,8 +84,9 @@ def test_block_formula():
     dim = 8
     x, branch = torch.randn(2, 3, 5, dim), nn.Linear(dim, dim)
     for layer_scale, res_scale in ((None, None), (0.5, None), (None, 2.0), (0.5, 2.0)):
-        block = MetaFormerBlock(dim=dim, norm=NORMS['layer'], mixer=branch, mlp=Mlp(dim=dim), layer_scale=layer_scale,
-                                res_scale=res_scale)
+        block = MetaFormerBlock(
+            dim=dim, norm=NORMS['layer'], mixer=branch, mlp=Mlp(dim=dim), layer_scale=layer_scale, res_scale=res_scale
+        )
         s, a = layer_scale or 1.0, res_scale or 1.0
         middle = a * x + s * branch(block.norm1(x))
         torch.testing.assert_close(block(x), a * middle + s * block.mlp(block.norm2(middle)))
@@ -97,8 +98,8 @@ def test_attention_is_softmax_over_all_positions():
     query, key, value = layer.qkv(x.flatten(1, 2)).chunk(3, -1)
     out = []
     for head in range(2):
-        q, k, v = (t[..., 32 * head:32 * head + 32] for t in (query, key, value))
-        out.append(torch.softmax(q @ k.transpose(1, 2) * 32 ** -0.5, -1) @ v)
+        q, k, v = (t[..., 32 * head : 32 * head + 32] for t in (query, key, value))
+        out.append(torch.softmax(q @ k.transpose(1, 2) * 32**-0.5, -1) @ v)
     torch.testing.assert_close(layer(x), layer.proj(torch.cat(out, -1)).reshape(x.shape))
 
 

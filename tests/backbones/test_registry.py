@@ -1,4 +1,5 @@
 """Without this, names, weights and overrides could be misunderstood in silence."""
+
 import os
 import subprocess
 import sys
@@ -17,36 +18,64 @@ SMALL = {'depths': (1, 1, 1, 1), 'dims': (16, 16, 32, 32)}
 
 def test_list_models():
     names = list_models()
-    assert {'poolformer_s12', 'poolformer_m48', 'identityformer_s36', 'randformer_m36', 'poolformerv2_m48',
-            'convformer_s18', 'convformer_b36', 'caformer_s36', 'caformer_m36'} <= set(names)
+    assert {
+        'poolformer_s12',
+        'poolformer_m48',
+        'identityformer_s36',
+        'randformer_m36',
+        'poolformerv2_m48',
+        'convformer_s18',
+        'convformer_b36',
+        'caformer_s36',
+        'caformer_m36',
+    } <= set(names)
     assert list_models('poolformer_*') == [f'poolformer_{size}' for size in ('m36', 'm48', 's12', 's24', 's36')]
     assert set(list_models(pretrained=True)) <= set(names)
     assert list_models('caformer_s18.*') == [
-        f'caformer_s18.sail_in{tag}' for tag in ('1k', '1k_384', '22k', '22k_ft_in1k', '22k_ft_in1k_384')]
+        f'caformer_s18.sail_in{tag}' for tag in ('1k', '1k_384', '22k', '22k_ft_in1k', '22k_ft_in1k_384')
+    ]
     assert list_models('resnet*') == []
 
 
-@pytest.mark.parametrize(('name', 'hint'), [
-    ('poolformer_s13', 'did you mean poolformer_s12'), ('Poolformer_s12', 'did you mean poolformer_s12'),
-    ('resnet5', 'did you mean resnet50'), ('caformer_s18.sail_in1k_38', 'did you mean sail_in1k_384'),
-    ('', 'list_models')])
+@pytest.mark.parametrize(
+    ('name', 'hint'),
+    [
+        ('poolformer_s13', 'did you mean poolformer_s12'),
+        ('Poolformer_s12', 'did you mean poolformer_s12'),
+        ('resnet5', 'did you mean resnet50'),
+        ('caformer_s18.sail_in1k_38', 'did you mean sail_in1k_384'),
+        ('', 'list_models'),
+    ],
+)
 def test_unknown_names(name, hint):
     with pytest.raises(ValueError, match=hint) as caught:
         create_model(name)
     assert '\n' not in str(caught.value)
 
 
-@pytest.mark.parametrize(('overrides', 'error', 'text'), [
-    ({'dephts': (1, 1, 1, 1)}, TypeError, r'dephts=\(1, 1, 1, 1\); did you mean depths'),
-    ({'depths': (1, 1, 1)}, ValueError, r'depths must be 4 positive numbers.*got depths=\(1, 1, 1\)'),
-    ({'dims': (8, 0, 8, 8)}, ValueError, 'dims must be 4 positive numbers'),
-    ({'mixers': 'atention'}, ValueError, "did you mean attention"),
-    ({'mixers': ('pool', 'conv')}, ValueError, 'mixers must be one value or 4'),
-    ({'mixers': {'name': 'pool', 'size': 3}}, TypeError, "mixer 'pool' has no option 'size'; did you mean pool_size"),
-    ({'norm': 'batch'}, ValueError, "norm must be one of .*got 'batch'"),
-    ({'features_only': True, 'out_indices': (0, 4)}, ValueError, 'out_indices must be increasing stage numbers from 0'),
-    ({'features_only': True, 'out_indices': (2, 1)}, ValueError, 'out_indices must be increasing'),
-    ({'pretrained': True, 'checkpoint_path': 'x.pth'}, ValueError, 'not both')])
+@pytest.mark.parametrize(
+    ('overrides', 'error', 'text'),
+    [
+        ({'dephts': (1, 1, 1, 1)}, TypeError, r'dephts=\(1, 1, 1, 1\); did you mean depths'),
+        ({'depths': (1, 1, 1)}, ValueError, r'depths must be 4 positive numbers.*got depths=\(1, 1, 1\)'),
+        ({'dims': (8, 0, 8, 8)}, ValueError, 'dims must be 4 positive numbers'),
+        ({'mixers': 'atention'}, ValueError, 'did you mean attention'),
+        ({'mixers': ('pool', 'conv')}, ValueError, 'mixers must be one value or 4'),
+        (
+            {'mixers': {'name': 'pool', 'size': 3}},
+            TypeError,
+            "mixer 'pool' has no option 'size'; did you mean pool_size",
+        ),
+        ({'norm': 'batch'}, ValueError, "norm must be one of .*got 'batch'"),
+        (
+            {'features_only': True, 'out_indices': (0, 4)},
+            ValueError,
+            'out_indices must be increasing stage numbers from 0',
+        ),
+        ({'features_only': True, 'out_indices': (2, 1)}, ValueError, 'out_indices must be increasing'),
+        ({'pretrained': True, 'checkpoint_path': 'x.pth'}, ValueError, 'not both'),
+    ],
+)
 def test_bad_arguments(overrides, error, text):
     with pytest.raises(error, match=text) as caught:
         create_model('poolformer_s12', **overrides)
@@ -99,6 +128,7 @@ def test_registering_a_name_twice_names_the_owner():
 
 # ---- timm
 
+
 def test_timms_names_stay_timms_and_ours_are_added():
     assert type(timm.create_model('poolformer_s12')).__module__.startswith('timm.')
     assert type(create_model('poolformer_s12', **SMALL)).__module__ == 'densezoo.backbones.poolformer'
@@ -115,13 +145,14 @@ def test_models_of_timms_alone():
     assert [tuple(m.shape[1:]) for m in model(torch.randn(1, 3, 64, 64))] == [(128, 8, 8), (256, 4, 4), (512, 2, 2)]
     assert create_model('resnet18', num_classes=3, in_chans=1)(torch.randn(2, 1, 64, 64)).shape == (2, 3)
     swin = create_model('swin_tiny_patch4_window7_224', features_only=True, img_size=64).eval()
-    assert [m.shape[1] for m in swin(torch.randn(1, 3, 64, 64))] == swin.feature_info.channels()    # (B, C, H, W)
+    assert [m.shape[1] for m in swin(torch.randn(1, 3, 64, 64))] == swin.feature_info.channels()  # (B, C, H, W)
     with pytest.raises(ValueError, match='has maps with strides'):
         create_model('vit_tiny_patch16_224', features_only=True)
     assert 'features_only' in constructor_arguments('resnet18')
 
 
 # ---- published weights
+
 
 @pytest.fixture
 def mirror(tmp_path):
@@ -158,8 +189,15 @@ def test_download_path_of_the_registered_address(mirror, monkeypatch):
 def test_pretrained_for_other_classes_and_channels(mirror, caplog):
     source, url, cache = mirror
     caplog.set_level('INFO', 'densezoo')
-    model = create_model('identityformer_s12', pretrained=True, pretrained_cfg_overlay={'url': url}, cache_dir=cache,
-                         num_classes=5, in_chans=1, **SMALL)
+    model = create_model(
+        'identityformer_s12',
+        pretrained=True,
+        pretrained_cfg_overlay={'url': url},
+        cache_dir=cache,
+        num_classes=5,
+        in_chans=1,
+        **SMALL,
+    )
     assert model.head.out_features == 5 and len(caplog.records) == 1
     assert 'head not loaded: 1000 classes instead of 5' in caplog.text and 'from 3 to 1 channels' in caplog.text
     expected = source.downsample_layers[0].conv.weight.sum(1, keepdim=True)
@@ -195,6 +233,11 @@ def test_checkpoint_path(tmp_path):
 def test_import_is_light():
     """The doors of backbones and kernels open without the training extra."""
     code = 'import sys, densezoo.backbones; print([m for m in ("mmengine", "cv2", "onnx") if m in sys.modules])'
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    done = subprocess.run(
+        [sys.executable, '-c', code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )
     assert done.stdout.strip() == '[]'

@@ -22,7 +22,7 @@ def save(tmp_path, photograph):
     def write(name: str, *, height: int = 60, width: int = 80, pixels=None, **options) -> pathlib.Path:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        array = photograph[40:40 + height, 30:30 + width] if pixels is None else pixels
+        array = photograph[40 : 40 + height, 30 : 30 + width] if pixels is None else pixels
         Image.fromarray(array).save(path, **options)
         return path
 
@@ -46,8 +46,16 @@ def coco(tmp_path, save):
     """coco(annotations=[...], ...) writes a COCO dataset of PNGs and returns its root. Each annotation may leave out
     everything; `row`, `column`, `radius` make a polygon and its box."""
 
-    def write(annotations=(), *, images: int = 4, split: str = 'train', categories=((3, 'cat'), (7, 'dog')),
-              height: int = 60, width: int = 80, **changes) -> pathlib.Path:
+    def write(
+        annotations=(),
+        *,
+        images: int = 4,
+        split: str = 'train',
+        categories=((3, 'cat'), (7, 'dog')),
+        height: int = 60,
+        width: int = 80,
+        **changes,
+    ) -> pathlib.Path:
         listed = []
         for number in range(images):
             save(f'images/{split}/{number}.png', height=height, width=width)
@@ -55,12 +63,20 @@ def coco(tmp_path, save):
         written = []
         for number, given in enumerate(annotations):
             row, column, radius = given.get('row', 30), given.get('column', 40), given.get('radius', 12)
-            full = {'id': number + 1, 'image_id': 100, 'category_id': 7, 'iscrowd': 0,
-                    'bbox': [column - radius, row - radius, 2 * radius, 2 * radius],
-                    'segmentation': [polygon(row, column, radius)]}
+            full = {
+                'id': number + 1,
+                'image_id': 100,
+                'category_id': 7,
+                'iscrowd': 0,
+                'bbox': [column - radius, row - radius, 2 * radius, 2 * radius],
+                'segmentation': [polygon(row, column, radius)],
+            }
             written.append(full | {key: value for key, value in given.items() if key in full})
-        data = {'images': listed, 'annotations': written,
-                'categories': [{'id': number, 'name': name} for number, name in categories]} | changes
+        data = {
+            'images': listed,
+            'annotations': written,
+            'categories': [{'id': number, 'name': name} for number, name in categories],
+        } | changes
         path = tmp_path / 'annotations' / f'instances_{split}.json'
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(data))

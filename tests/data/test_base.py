@@ -70,8 +70,9 @@ def test_generators_come_back_after_an_error():
 def test_samples_are_equal_whatever_the_number_of_workers(folder, workers):
     def batches(count):
         dataset = ImageFolder(root=folder, transforms=[*AUGMENTED, Noisy()])
-        loader = DataLoader(dataset, batch_size=3, sampler=RestartableSampler(dataset), num_workers=count,
-                            collate_fn=collate)
+        loader = DataLoader(
+            dataset, batch_size=3, sampler=RestartableSampler(dataset), num_workers=count, collate_fn=collate
+        )
         iterator = iter(loader)
         return [next(iterator) for _ in range(5)]
 
@@ -85,8 +86,15 @@ def test_samples_are_equal_whatever_the_number_of_workers(folder, workers):
 def test_the_target_names_the_picture(folder):
     dataset = ImageFolder(root=folder, transforms=[dict(type=v2.Resize, size=(16, 24))])
     target = dataset[(5, 42)]['target']
-    assert target == {'label': 1, 'file': str(folder / 'train/b/1.png'), 'image_id': 5, 'index': 5, 'draw': 42,
-                      'size': (16, 24), 'original_size': (31, 40)}
+    assert target == {
+        'label': 1,
+        'file': str(folder / 'train/b/1.png'),
+        'image_id': 5,
+        'index': 5,
+        'draw': 42,
+        'size': (16, 24),
+        'original_size': (31, 40),
+    }
     assert dataset.aspect_ratios() == pytest.approx([(30 + number) / 40 for number in range(4)] * 2)
 
 
@@ -100,7 +108,9 @@ def test_bad_files_are_listed_by_check(folder):
     with pytest.warns(UserWarning, match='2 problems: .*They are left out'):
         problems = dataset.check()
     assert [(file.rsplit('/', 2)[1:], reason[:9]) for file, reason in problems] == [
-        (['a', '1.png'], 'truncated'), (['b', '2.png'], 'is not an')]
+        (['a', '1.png'], 'truncated'),
+        (['b', '2.png'], 'is not an'),
+    ]
     assert len(dataset) == 6
     assert [dataset[index]['target']['file'][-7:] for index in (0, 1)] == ['a/0.png', 'a/2.png']
     assert dataset.check() == []

@@ -23,7 +23,7 @@ def test_boxes_labels_and_meta(coco):
     target = sample['target']
     assert sample['image'].dtype == torch.uint8 and sample['image'].shape == (3, 60, 80)
     assert type(sample['image']) is torch.Tensor and type(target['boxes']) is torch.Tensor
-    torch.testing.assert_close(target['boxes'], torch.tensor([[28., 18, 52, 42], [12., 12, 28, 28]]))
+    torch.testing.assert_close(target['boxes'], torch.tensor([[28.0, 18, 52, 42], [12.0, 12, 28, 28]]))
     assert target['labels'].tolist() == [1, 0] and target['labels'].dtype == torch.int64
     assert target['iscrowd'].tolist() == [0, 0] and target['area'].tolist() == [576, 256]
     assert 'masks' not in target
@@ -46,8 +46,12 @@ def segmentations(coco):
         flat = mask.T.ravel()
         edges = np.flatnonzero(np.diff(np.concatenate([[False], flat, [False]]).astype(int)))
         counts = np.diff(np.concatenate([[0], edges, [flat.size]]))
-        packed.append(({'size': [60, 80], 'counts': lengths['counts'].decode()},
-                       {'size': [60, 80], 'counts': [int(count) for count in counts]}))
+        packed.append(
+            (
+                {'size': [60, 80], 'counts': lengths['counts'].decode()},
+                {'size': [60, 80], 'counts': [int(count) for count in counts]},
+            )
+        )
     return masks, packed
 
 
@@ -58,8 +62,10 @@ def test_masks_equal_pycocotools(coco, kind):
         shapes = [[coco.polygon(25, 30, 14), coco.polygon(10, 60, 6)], [coco.polygon(40, 60, 9.3, points=5)]]
     else:
         shapes = [pair[kind == 'uncompressed'] for pair in packed]
-    annotations = [dict(segmentation=shape, row=25 + 15 * number, column=30 + 30 * number, radius=14 - 5 * number)
-                   for number, shape in enumerate(shapes)]
+    annotations = [
+        dict(segmentation=shape, row=25 + 15 * number, column=30 + 30 * number, radius=14 - 5 * number)
+        for number, shape in enumerate(shapes)
+    ]
     root = coco(annotations)
     reference = pycocotools.coco.COCO(str(root / 'annotations/instances_train.json'))
     target = CocoDetection(root=root, masks=True)[0]['target']
@@ -85,35 +91,48 @@ def test_crowds_are_dropped_in_training_and_kept_otherwise(coco):
     annotations = [dict(iscrowd=1, segmentation=packed[0][1], category_id=3), dict(row=40, column=60, radius=9)]
     assert CocoDetection(root=coco(annotations))[0]['target']['labels'].tolist() == [1]
     coco(annotations, split='val')
-    target = CocoDetection(root=coco(annotations, split='val'), split='val', masks=True,
-                           transforms=[dict(type=v2.RandomHorizontalFlip, p=1.0)])[0]['target']
+    target = CocoDetection(
+        root=coco(annotations, split='val'),
+        split='val',
+        masks=True,
+        transforms=[dict(type=v2.RandomHorizontalFlip, p=1.0)],
+    )[0]['target']
     assert target['labels'].tolist() == [0, 1] and target['iscrowd'].tolist() == [1, 0]
     assert len(CocoDetection(root=coco(annotations, split='val'), split='val')) == 4  # evaluation keeps empty images
 
 
 def test_boxes_outside_are_clipped_or_dropped_and_counted(coco):
     root = coco([dict(bbox=[70, 50, 30, 30]), dict(bbox=[10, 10, 0, 20]), dict(bbox=[200, 10, 20, 20]), dict()])
-    with pytest.warns(UserWarning, match=r'2 boxes of zero area or outside the picture dropped, 1 clipped .*'
-                                         r'first: 0\.png: annotation 2: bbox \[10, 10, 0, 20\] .* has zero area'):
+    with pytest.warns(
+        UserWarning,
+        match=r'2 boxes of zero area or outside the picture dropped, 1 clipped .*'
+        r'first: 0\.png: annotation 2: bbox \[10, 10, 0, 20\] .* has zero area',
+    ):
         dataset = CocoDetection(root=root)
     assert dataset[0]['target']['boxes'].tolist() == [[70, 50, 80, 60], [28, 18, 52, 42]]
-    with pytest.raises(DataError, match=r'3 problems: 0\.png: annotation 1: bbox .* in a picture of 80x60 leaves the '
-                                        r'picture; .*zero area; .*lies outside the picture'):
+    with pytest.raises(
+        DataError,
+        match=r'3 problems: 0\.png: annotation 1: bbox .* in a picture of 80x60 leaves the '
+        r'picture; .*zero area; .*lies outside the picture',
+    ):
         CocoDetection(root=root, bad_boxes='raise')
     with pytest.warns(UserWarning, match='3 problems'):
         assert len(CocoDetection(root=root, bad_boxes='raise', on_error='skip')[0]['target']['boxes']) == 1
 
 
-@pytest.mark.parametrize('annotation, reason', [
-    (dict(category_id=9), 'annotation 1 has category_id 9, not one of 3, 7'),
-    (dict(image_id=5), 'annotation 1 is of image_id 5, which is unknown'),
-    (dict(bbox=[1, 2, 3]), r'bbox must be four finite numbers \(x, y, width, height\), got \[1, 2, 3\]'),
-    (dict(bbox=[1, 2, float('nan'), 3]), 'bbox must be four finite numbers'),
-    (dict(segmentation=[[1, 2, 3, 4]]), 'segmentation has no polygon of at least three points'),
-    (dict(segmentation=None), 'segmentation must be polygons or run lengths'),
-    (dict(segmentation={'size': [50, 80], 'counts': [9]}), r'mask of another size: .*, the picture \[60, 80\]'),
-    (dict(segmentation={'size': [60, 80], 'counts': [40]}), 'run lengths sum to 40, not to 60 x 80'),
-])
+@pytest.mark.parametrize(
+    'annotation, reason',
+    [
+        (dict(category_id=9), 'annotation 1 has category_id 9, not one of 3, 7'),
+        (dict(image_id=5), 'annotation 1 is of image_id 5, which is unknown'),
+        (dict(bbox=[1, 2, 3]), r'bbox must be four finite numbers \(x, y, width, height\), got \[1, 2, 3\]'),
+        (dict(bbox=[1, 2, float('nan'), 3]), 'bbox must be four finite numbers'),
+        (dict(segmentation=[[1, 2, 3, 4]]), 'segmentation has no polygon of at least three points'),
+        (dict(segmentation=None), 'segmentation must be polygons or run lengths'),
+        (dict(segmentation={'size': [50, 80], 'counts': [9]}), r'mask of another size: .*, the picture \[60, 80\]'),
+        (dict(segmentation={'size': [60, 80], 'counts': [40]}), 'run lengths sum to 40, not to 60 x 80'),
+    ],
+)
 def test_bad_annotations_are_named(coco, annotation, reason):
     root = coco([annotation, dict(row=20)])
     with pytest.raises(DataError, match=reason) as caught:
@@ -185,9 +204,14 @@ def test_a_selection_of_classes(coco):
         CocoDetection(root=root, classes=['cow'])
 
 
-@pytest.mark.parametrize('images, annotations', [
-    ('train2017', 'annotations/instances_train2017.json'), ('train', 'train/_annotations.coco.json'),
-    ('pictures', 'my.json')])
+@pytest.mark.parametrize(
+    'images, annotations',
+    [
+        ('train2017', 'annotations/instances_train2017.json'),
+        ('train', 'train/_annotations.coco.json'),
+        ('pictures', 'my.json'),
+    ],
+)
 def test_other_layouts(coco, images, annotations):
     root = coco([dict()])
     os.renames(root / 'images/train', root / images)

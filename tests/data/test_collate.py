@@ -33,7 +33,7 @@ def test_labels_are_the_shares_of_the_pixels(flat, mix):
             label = target['label']
             assert image.dtype == torch.uint8 and image.shape == (3, 32, 32)
             assert label.shape == (3,) and label.dtype == torch.float32 and float(label.sum()) == pytest.approx(1)
-            assert float(image.float().mean()) == pytest.approx(float(label @ torch.tensor([0., 100, 200])), abs=0.6)
+            assert float(image.float().mean()) == pytest.approx(float(label @ torch.tensor([0.0, 100, 200])), abs=0.6)
             mixed += int(label.max() < 0.99)
     assert mixed > 10
 
@@ -74,8 +74,9 @@ def test_batches_arrive_from_workers_unchanged(coco, masks):
     dataset = CocoDetection(root=root, masks=masks, keep_empty=True, transforms=[dict(type=v2.RandomHorizontalFlip)])
 
     def batches(workers):
-        loader = DataLoader(dataset, batch_size=4, num_workers=workers, sampler=RestartableSampler(dataset),
-                            collate_fn=partial(collate))
+        loader = DataLoader(
+            dataset, batch_size=4, num_workers=workers, sampler=RestartableSampler(dataset), collate_fn=partial(collate)
+        )
         iterator = iter(loader)
         return [next(iterator) for _ in range(4)]
 

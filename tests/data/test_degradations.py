@@ -19,9 +19,19 @@ from densezoo.data.degradations import (
     gaussian_blur,
 )
 
-EVERY = [GaussianNoise(), GaussianNoise(sigma=(5, 50)), PoissonNoise(peak=(5, 60)), Blur(), Blur(kind='motion'), JPEG(),
-         Rain(), Snow(), Haze(), Degrade(steps=[Blur(), GaussianNoise(), JPEG()]),
-         RandomDegrade(steps=[Rain(), Snow()])]
+EVERY = [
+    GaussianNoise(),
+    GaussianNoise(sigma=(5, 50)),
+    PoissonNoise(peak=(5, 60)),
+    Blur(),
+    Blur(kind='motion'),
+    JPEG(),
+    Rain(),
+    Snow(),
+    Haze(),
+    Degrade(steps=[Blur(), GaussianNoise(), JPEG()]),
+    RandomDegrade(steps=[Rain(), Snow()]),
+]
 SIZES = [(3, 1, 1), (3, 5, 200), (1, 17, 9), (3, 64, 48)]
 
 
@@ -145,24 +155,28 @@ def test_haze_follows_its_model():
 
 def test_steps_from_configs():
     image = photograph(3, 32, 32)
-    built = Degrade(steps=[{'type': GaussianNoise, 'sigma': 10},
-                           {'type': 'densezoo.data.degradations.JPEG', 'quality': 50}])
+    built = Degrade(
+        steps=[{'type': GaussianNoise, 'sigma': 10}, {'type': 'densezoo.data.degradations.JPEG', 'quality': 50}]
+    )
     by_hand = Degrade(steps=[GaussianNoise(sigma=10), JPEG(quality=50)])
     assert torch.equal(seeded(built, image), seeded(by_hand, image))
     kinds = {type(RandomDegrade(steps=[Rain(), Snow()]).steps[i]) for i in range(2)}
     assert kinds == {Rain, Snow}
 
 
-@pytest.mark.parametrize('make, message', [
-    (lambda: GaussianNoise(sigma=-1), r'sigma must be a number or a range .* within 0\.\.255, got sigma=-1'),
-    (lambda: GaussianNoise(sigma=(30, 10)), r'got sigma=\(30, 10\)'),
-    (lambda: GaussianNoise(sigma='25'), r"got sigma='25'"),
-    (lambda: JPEG(quality=0), r'quality must be .* within 1\.\.100'),
-    (lambda: Blur(kind='box'), r"kind must be 'gaussian' or 'motion', got kind='box'"),
-    (lambda: Degrade(steps=[3]), r'steps\[0\] must be a callable'),
-    (lambda: Haze()(torch.zeros(3, 4, 4, dtype=torch.uint8)), r'Haze takes a float \(C, H, W\) image'),
-    (lambda: Rain()(torch.zeros(1, 3, 4, 4)), r'Rain takes a float \(C, H, W\) image'),
-])
+@pytest.mark.parametrize(
+    'make, message',
+    [
+        (lambda: GaussianNoise(sigma=-1), r'sigma must be a number or a range .* within 0\.\.255, got sigma=-1'),
+        (lambda: GaussianNoise(sigma=(30, 10)), r'got sigma=\(30, 10\)'),
+        (lambda: GaussianNoise(sigma='25'), r"got sigma='25'"),
+        (lambda: JPEG(quality=0), r'quality must be .* within 1\.\.100'),
+        (lambda: Blur(kind='box'), r"kind must be 'gaussian' or 'motion', got kind='box'"),
+        (lambda: Degrade(steps=[3]), r'steps\[0\] must be a callable'),
+        (lambda: Haze()(torch.zeros(3, 4, 4, dtype=torch.uint8)), r'Haze takes a float \(C, H, W\) image'),
+        (lambda: Rain()(torch.zeros(1, 3, 4, 4)), r'Rain takes a float \(C, H, W\) image'),
+    ],
+)
 def test_errors_are_one_line(make, message):
     with pytest.raises((ValueError, TypeError), match=message) as caught:
         make()

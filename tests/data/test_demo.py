@@ -63,6 +63,7 @@ def test_every_picture_keeps_to_its_split(home, coco):
 
 def test_photographs_show_different_things():
     """No two of them share a scene, as the two views of a stereo pair would: thumbnails correlate weakly."""
+
     def thumbnail(name):
         grey = Image.fromarray(sources.photograph(name)).convert('L').resize((24, 24), Image.Resampling.BOX)
         values = np.asarray(grey, dtype=np.float64).ravel()
@@ -89,8 +90,10 @@ def test_digits_keep_their_class(home):
 def test_two_builds_are_byte_identical(home, tmp_path):
     """The second build runs in another process with another hash seed."""
     names = ('detection', 'restoration')
-    code = ('from densezoo.data.demo import build, resolve\n'
-            f'build._SCENES = {SMALL!r}\nfor name in {names!r}: print(resolve("demo:" + name))')
+    code = (
+        'from densezoo.data.demo import build, resolve\n'
+        f'build._SCENES = {SMALL!r}\nfor name in {names!r}: print(resolve("demo:" + name))'
+    )
     environment = {**os.environ, 'DENSEZOO_DATA': str(tmp_path), 'PYTHONHASHSEED': '7'}
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env=environment)
     for name, line in zip(names, run.stdout.splitlines(), strict=True):
@@ -142,12 +145,15 @@ def test_detection_and_segmentation_share_a_folder_and_sizes_do_not(home, tmp_pa
             assert picture.size == (128, 128)
 
 
-@pytest.mark.parametrize('root, message', [
-    ('demo:detektion', r'did you mean demo:detection\?'),
-    ('demo:', r'must be one of demo:classification, demo:detection'),
-    ('demo:detection@9', r'must be 64\.\.512'),
-    ('demo:classification@64', r'a size is for demo:detection and demo:segmentation'),
-])
+@pytest.mark.parametrize(
+    'root, message',
+    [
+        ('demo:detektion', r'did you mean demo:detection\?'),
+        ('demo:', r'must be one of demo:classification, demo:detection'),
+        ('demo:detection@9', r'must be 64\.\.512'),
+        ('demo:classification@64', r'a size is for demo:detection and demo:segmentation'),
+    ],
+)
 def test_unknown_names_are_one_line(root, message):
     with pytest.raises(ValueError, match=message) as caught:
         resolve(root)

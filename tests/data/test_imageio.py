@@ -97,7 +97,7 @@ def test_floating_point_pixels_are_refused(tmp_path):
 def test_a_truncated_file_is_named(save, suffix, part):
     path = save(f'cut.{suffix}')
     data = path.read_bytes()
-    path.write_bytes(data[:int(len(data) * part)])
+    path.write_bytes(data[: int(len(data) * part)])
     for read in (read_image, probe):
         with pytest.raises(DataError, match=rf'cut\.{suffix}: .*(truncated|cannot be decoded|not an image)') as caught:
             read(path)
@@ -128,8 +128,12 @@ def test_no_image_no_file_and_an_empty_file_are_named(tmp_path):
     (tmp_path / 'text.png').write_text('hello')
     (tmp_path / 'empty.jpg').touch()
     (tmp_path / 'folder.png').mkdir()
-    cases = {'text.png': 'is not an image in a known format', 'empty.jpg': r'empty file \(0 bytes\)',
-             'absent.png': 'no such file', 'folder.png': 'cannot be read'}
+    cases = {
+        'text.png': 'is not an image in a known format',
+        'empty.jpg': r'empty file \(0 bytes\)',
+        'absent.png': 'no such file',
+        'folder.png': 'cannot be read',
+    }
     for name, reason in cases.items():
         for read in (read_image, probe, read_mask):
             with pytest.raises(DataError, match=f'{name}: {reason}'):

@@ -33,10 +33,13 @@ def test_ids_and_meta(folder):
     assert MaskFolder(root=folder).metainfo == {'classes': tuple('wxyz'), 'palette': [(1, 2, 3)] * 4}
 
 
-@pytest.mark.parametrize('options, expected', [
-    (dict(reduce_zero_label=True, classes='xyz'), {0: 255, 1: 0, 2: 1, 3: 2}),
-    (dict(label_map={0: 1, 1: 0, 2: 255, 3: 0}, classes='xy'), {0: 1, 1: 0, 2: 255, 3: 0}),
-])
+@pytest.mark.parametrize(
+    'options, expected',
+    [
+        (dict(reduce_zero_label=True, classes='xyz'), {0: 255, 1: 0, 2: 1, 3: 2}),
+        (dict(label_map={0: 1, 1: 0, 2: 255, 3: 0}, classes='xy'), {0: 1, 1: 0, 2: 255, 3: 0}),
+    ],
+)
 def test_label_maps(folder, options, expected):
     mask = MaskFolder(root=folder, **options)[0]['target']['mask'].numpy()
     assert np.array_equal(mask, np.vectorize(expected.get)(IDS))

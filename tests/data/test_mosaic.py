@@ -6,8 +6,9 @@ from torchvision.transforms import v2
 
 from densezoo.data import CocoDetection, Mosaic, RandomCrop, boxes_of_masks
 
-DISCS = [dict(image_id=100 + number, row=20 + 5 * number, column=30 + 8 * number, radius=9 + number)
-         for number in range(4)]
+DISCS = [
+    dict(image_id=100 + number, row=20 + 5 * number, column=30 + 8 * number, radius=9 + number) for number in range(4)
+]
 
 
 AFTER = [dict(type=v2.RandomHorizontalFlip), dict(type=RandomCrop, size=(70, 90))]

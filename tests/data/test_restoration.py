@@ -12,7 +12,7 @@ from densezoo.data import CleanFolder, DataError, GaussianNoise, PairedFolder, R
 @pytest.fixture(params=['{split}/{kind}', '{kind}/{split}'])
 def pairs(request, tmp_path, save, photograph):
     for number in range(3):
-        pixels = photograph[number * 10:number * 10 + 60, :80]
+        pixels = photograph[number * 10 : number * 10 + 60, :80]
         save(request.param.format(split='train', kind='target') + f'/{number}.png', pixels=pixels)
         save(request.param.format(split='train', kind='input') + f'/{number}.png', pixels=255 - pixels)
     return tmp_path

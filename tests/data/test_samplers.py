@@ -37,7 +37,7 @@ def test_each_pass_is_a_permutation(batch_size):
     assert [draw for _, draw in drawn] == list(range(30))
     length = len(sampler)
     assert length == (8 if batch_size else 10)
-    passes = [[index for index, _ in drawn[start:start + length]] for start in (0, length, 2 * length)]
+    passes = [[index for index, _ in drawn[start : start + length]] for start in (0, length, 2 * length)]
     assert all(len(set(one)) == length for one in passes)
     assert len({tuple(one) for one in passes}) == 3
     assert take(RestartableSampler(range(10), seed=4, batch_size=batch_size), 10) != drawn[:10]
@@ -54,7 +54,7 @@ def test_ranks_share_one_sequence(world_size, monkeypatch):
     alone = take(RestartableSampler(range(10), seed=3), 30)
     shared = ranks(lambda: RestartableSampler(range(10), seed=3), world_size, monkeypatch)
     parts = [take(sampler, 10) for sampler in shared]
-    assert sorted((pair for part in parts for pair in part), key=lambda pair: pair[1])[:30] == alone[:10 * world_size]
+    assert sorted((pair for part in parts for pair in part), key=lambda pair: pair[1])[:30] == alone[: 10 * world_size]
     later = [take(sampler, 8, 2 * world_size) for sampler in shared]
     assert later == [part[2:] for part in parts]
     with pytest.raises(ValueError, match=f'draw must be a multiple of the {world_size} ranks, got draw=7'):

@@ -21,8 +21,12 @@ from densezoo.data import (
     build_transforms,
 )
 
-DISCS = [dict(row=15, column=20, radius=10), dict(row=40, column=60, radius=14, category_id=3),
-         dict(row=30, column=40, radius=6), dict(row=6, column=70, radius=6)]
+DISCS = [
+    dict(row=15, column=20, radius=10),
+    dict(row=40, column=60, radius=14, category_id=3),
+    dict(row=30, column=40, radius=6),
+    dict(row=6, column=70, radius=6),
+]
 AFFINE = dict(degrees=25, translate=(0.1, 0.1), scale=(0.8, 1.3), shear=8)
 DETECTION = {
     'flip': [dict(type=v2.RandomHorizontalFlip, p=1.0)],
@@ -36,9 +40,12 @@ DETECTION = {
     'affine': [dict(type=v2.RandomAffine, fill=90, **AFFINE), dict(type=BoxesFromMasks)],
     'perspective': [dict(type=v2.RandomPerspective, p=1.0), dict(type=BoxesFromMasks)],
     'photometric': [dict(type=v2.RandomPhotometricDistort), dict(type=v2.GaussianBlur, kernel_size=5)],
-    'together': [dict(type=v2.RandomHorizontalFlip), dict(type=ResizeRange, short=60, ratio=(0.5, 2.0)),
-                 dict(type=v2.RandomApply, transforms=[dict(type=v2.ColorJitter, hue=0.2)]),
-                 dict(type=RandomCrop, size=(48, 48), min_visible=0.2)],
+    'together': [
+        dict(type=v2.RandomHorizontalFlip),
+        dict(type=ResizeRange, short=60, ratio=(0.5, 2.0)),
+        dict(type=v2.RandomApply, transforms=[dict(type=v2.ColorJitter, hue=0.2)]),
+        dict(type=RandomCrop, size=(48, 48), min_visible=0.2),
+    ],
 }
 
 
@@ -87,7 +94,7 @@ def test_a_crop_shrinks_boxes_to_what_is_seen(coco):
 
 def test_min_visible_drops_slivers():
     image = tv_tensors.Image(torch.zeros(3, 20, 40, dtype=torch.uint8))
-    corners = torch.tensor([[0., 0, 20, 20], [18., 0, 38, 20]])
+    corners = torch.tensor([[0.0, 0, 20, 20], [18.0, 0, 38, 20]])
     boxes = tv_tensors.BoundingBoxes(corners, format='XYXY', canvas_size=(20, 40))
     sample = {'image': image, 'boxes': boxes, 'labels': torch.tensor([4, 5])}
     kept = set()
@@ -109,16 +116,26 @@ def test_padding_is_at_the_right_and_bottom_and_ignored():
     assert (out['mask'][10:] == IGNORE).all() and (out['mask'][:, 12:] == IGNORE).all()
 
 
-@pytest.mark.parametrize('transform', [
-    v2.Pad(5, fill=114), v2.RandomRotation((40, 40), fill=114), v2.RandomAffine(0, translate=(0.5, 0.5), fill=114),
-    v2.RandomPerspective(p=1.0, distortion_scale=0.8, fill=114), v2.ElasticTransform(alpha=900.0, fill=114),
-    v2.RandomZoomOut(p=1.0, fill=114)], ids=lambda transform: type(transform).__name__)
+@pytest.mark.parametrize(
+    'transform',
+    [
+        v2.Pad(5, fill=114),
+        v2.RandomRotation((40, 40), fill=114),
+        v2.RandomAffine(0, translate=(0.5, 0.5), fill=114),
+        v2.RandomPerspective(p=1.0, distortion_scale=0.8, fill=114),
+        v2.ElasticTransform(alpha=900.0, fill=114),
+        v2.RandomZoomOut(p=1.0, fill=114),
+    ],
+    ids=lambda transform: type(transform).__name__,
+)
 def test_new_mask_pixels_are_never_a_class_or_an_instance(transform):
     torch.manual_seed(1)
-    sample = {'image': tv_tensors.Image(torch.full((3, 30, 40), 9, dtype=torch.uint8)),
-              'mask': SemanticMask(torch.full((30, 40), 3, dtype=torch.uint8)),
-              'masks': InstanceMasks(torch.ones(2, 30, 40, dtype=torch.uint8)),
-              'boxes': tv_tensors.BoundingBoxes([[0., 0, 40, 30]] * 2, format='XYXY', canvas_size=(30, 40))}
+    sample = {
+        'image': tv_tensors.Image(torch.full((3, 30, 40), 9, dtype=torch.uint8)),
+        'mask': SemanticMask(torch.full((30, 40), 3, dtype=torch.uint8)),
+        'masks': InstanceMasks(torch.ones(2, 30, 40, dtype=torch.uint8)),
+        'boxes': tv_tensors.BoundingBoxes([[0.0, 0, 40, 30]] * 2, format='XYXY', canvas_size=(30, 40)),
+    }
     out = transform(sample)
     assert type(out['mask']) is SemanticMask and type(out['masks']) is InstanceMasks
     assert set(out['mask'].unique().tolist()) == {3, IGNORE}
@@ -126,22 +143,27 @@ def test_new_mask_pixels_are_never_a_class_or_an_instance(transform):
     assert torch.equal(out['masks'][0] == 0, out['mask'] == IGNORE)
 
 
-@pytest.mark.parametrize('size, options, expected', [
-    ((480, 640), dict(short=800, long=1333), (800, 1067)),
-    ((480, 960), dict(short=800, long=1333), (666, 1333)),
-    ((960, 480), dict(short=800, long=1333), (1333, 666)),
-    ((512, 683), dict(short=512, long=2048, ratio=(0.5, 0.5)), (256, 342)),
-    ((100, 3000), dict(short=512, long=2048), (68, 2048)),
-    ((10, 20), dict(short=40), (40, 80)),
-])
+@pytest.mark.parametrize(
+    'size, options, expected',
+    [
+        ((480, 640), dict(short=800, long=1333), (800, 1067)),
+        ((480, 960), dict(short=800, long=1333), (666, 1333)),
+        ((960, 480), dict(short=800, long=1333), (1333, 666)),
+        ((512, 683), dict(short=512, long=2048, ratio=(0.5, 0.5)), (256, 342)),
+        ((100, 3000), dict(short=512, long=2048), (68, 2048)),
+        ((10, 20), dict(short=40), (40, 80)),
+    ],
+)
 def test_resize_range_sizes(size, options, expected):
     out = ResizeRange(**options)({'image': tv_tensors.Image(torch.zeros(3, *size, dtype=torch.uint8))})
     assert tuple(out['image'].shape[-2:]) == expected
 
 
 def test_resize_range_draws():
-    sizes = {ResizeRange(short=(20, 24))({'image': tv_tensors.Image(torch.zeros(3, 9, 9))})['image'].shape[-1]
-             for _ in range(100)}
+    sizes = {
+        ResizeRange(short=(20, 24))({'image': tv_tensors.Image(torch.zeros(3, 9, 9))})['image'].shape[-1]
+        for _ in range(100)
+    }
     assert sizes == {20, 21, 22, 23, 24}
 
 
@@ -183,25 +205,36 @@ def test_boxes_of_masks():
 
 
 def test_transforms_are_built_from_configs():
-    built = build_transforms([
-        dict(type='torchvision.transforms.v2.Resize', size=(8, 8), interpolation='bicubic'),
-        dict(type=v2.RandomApply, transforms=[dict(type=v2.ColorJitter, brightness=0.1)]),
-        dict(type=v2.ToDtype, dtype='float32', scale=True), np.asarray, v2.Identity()])
+    built = build_transforms(
+        [
+            dict(type='torchvision.transforms.v2.Resize', size=(8, 8), interpolation='bicubic'),
+            dict(type=v2.RandomApply, transforms=[dict(type=v2.ColorJitter, brightness=0.1)]),
+            dict(type=v2.ToDtype, dtype='float32', scale=True),
+            np.asarray,
+            v2.Identity(),
+        ]
+    )
     assert built[0].interpolation == v2.InterpolationMode.BICUBIC
     assert isinstance(built[1].transforms[0], v2.ColorJitter) and built[2].dtype == torch.float32
     assert build_transforms(None) == [] and len(build_transforms(dict(type=v2.Identity))) == 1
 
 
-@pytest.mark.parametrize('spec, message', [
-    (dict(type=v2.Resize, sise=3), r"transforms\[0\]: Resize has no argument 'sise', it has size, .*; nearest: 'size'"),
-    (dict(type='torchvision.transforms.v2.Resiz'), r"has no 'Resiz'; nearest: torchvision\.transforms\.v2\.Resize"),
-    (dict(type='Resize'), "must be a class or a dotted name like 'package.module.Resize'"),
-    (dict(type='nowhere.Resize'), "type='nowhere.Resize' cannot be imported"),
-    (dict(type=3), 'type must be a class, a callable or its dotted name, got 3'),
-    (dict(size=3), r"transforms\[0\] must be a callable or dict\(type=..., ...\), got {'size': 3}"),
-    (dict(type=ResizeRange, short=0), r'transforms\[0\]: ResizeRange: short must be positive or a range'),
-    (dict(type=v2.RandomApply, transforms=[dict(type=v2.Pad, pading=1)]), r'RandomApply\.transforms: Pad has no'),
-])
+@pytest.mark.parametrize(
+    'spec, message',
+    [
+        (
+            dict(type=v2.Resize, sise=3),
+            r"transforms\[0\]: Resize has no argument 'sise', it has size, .*; nearest: 'size'",
+        ),
+        (dict(type='torchvision.transforms.v2.Resiz'), r"has no 'Resiz'; nearest: torchvision\.transforms\.v2\.Resize"),
+        (dict(type='Resize'), "must be a class or a dotted name like 'package.module.Resize'"),
+        (dict(type='nowhere.Resize'), "type='nowhere.Resize' cannot be imported"),
+        (dict(type=3), 'type must be a class, a callable or its dotted name, got 3'),
+        (dict(size=3), r"transforms\[0\] must be a callable or dict\(type=..., ...\), got {'size': 3}"),
+        (dict(type=ResizeRange, short=0), r'transforms\[0\]: ResizeRange: short must be positive or a range'),
+        (dict(type=v2.RandomApply, transforms=[dict(type=v2.Pad, pading=1)]), r'RandomApply\.transforms: Pad has no'),
+    ],
+)
 def test_bad_configs_are_named(spec, message):
     with pytest.raises((TypeError, ValueError), match=message) as caught:
         build_transforms([spec])

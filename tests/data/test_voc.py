@@ -24,7 +24,8 @@ def voc(tmp_path, save, monkeypatch):
             save(f'VOC2007/JPEGImages/{name}.jpg')
             text = ''.join(OBJECT.format(**({'difficult': 0} | item)) for item in items)
             (home / f'Annotations/{name}.xml').write_text(
-                f'<annotation><size><width>80</width><height>60</height></size>{text}</annotation>')
+                f'<annotation><size><width>80</width><height>60</height></size>{text}</annotation>'
+            )
         (home / 'ImageSets/Main/train.txt').write_text('\n'.join(objects) + '\n')
         (home / 'ImageSets/Main/val.txt').write_text('\n'.join(f'{name}  1' for name in objects) + '\n')
         return tmp_path
@@ -40,7 +41,7 @@ def test_boxes_difficult_objects_and_ground_truth(voc):
     assert target['boxes'].tolist() == [[0, 0, 80, 60]] and target['labels'].tolist() == [11]
     val = VOCDetection(root=root, split='val')
     assert len(val) == 2 and val[0]['target']['iscrowd'].tolist() == [0, 1]
-    torch.testing.assert_close(val[0]['target']['boxes'][1], torch.tensor([10., 20, 30, 40]))
+    torch.testing.assert_close(val[0]['target']['boxes'][1], torch.tensor([10.0, 20, 30, 40]))
     stored = json.loads(pathlib.Path(val.metainfo['ann_file']).read_text())
     assert [entry['bbox'] for entry in stored['annotations']] == [[0, 0, 80, 60], [10, 20, 20, 20]]
     assert val.metainfo['category_ids'] == list(range(1, 21)) and isinstance(val, CocoDetection)

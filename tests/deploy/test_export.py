@@ -43,7 +43,7 @@ def test_the_model_is_left_as_it_was(model):
     before = {name: module.training for name, module in model.named_modules()}
     program = export_program(model, torch.randn(2, 3, 64, 64))
     assert before == {name: module.training for name, module in model.named_modules()}
-    agree(program, model, torch.randn(3, 3, 64, 64))            # drop-path is off in the program
+    agree(program, model, torch.randn(3, 3, 64, 64))  # drop-path is off in the program
 
 
 class TwoInputs(nn.Module):
@@ -59,10 +59,14 @@ def test_several_inputs_share_the_batch():
     torch.testing.assert_close(program.module()(x, factor), TwoInputs()(x, factor))
 
 
-@pytest.mark.parametrize(('example', 'options', 'text'), [
-    (torch.randn(3, 64, 64), {}, r'the first example must be images \(B, C, H, W\), got \[\(3, 64, 64\)\]'),
-    ((), {}, 'the first example must be images'),
-    (torch.randn(1, 3, 32, 64), {'dynamic_size': True}, 'the example must be at least 33 pixels')])
+@pytest.mark.parametrize(
+    ('example', 'options', 'text'),
+    [
+        (torch.randn(3, 64, 64), {}, r'the first example must be images \(B, C, H, W\), got \[\(3, 64, 64\)\]'),
+        ((), {}, 'the first example must be images'),
+        (torch.randn(1, 3, 32, 64), {'dynamic_size': True}, 'the example must be at least 33 pixels'),
+    ],
+)
 def test_bad_examples(model, example, options, text):
     with pytest.raises(ValueError, match=text):
         export_program(model, example, **options)

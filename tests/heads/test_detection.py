@@ -237,7 +237,7 @@ def test_proposals_for_training_stay_in_the_picture():
     target = {'boxes': torch.tensor([[2.0, 2, 30, 30]]), 'labels': torch.tensor([0]), 'masks': torch.ones(1, 40, 50)}
     head.loss(maps(batch=2), [{**target, 'size': (40, 50)}, target])
     assert seen[0][:, 0::2].max() <= 50 and seen[0][:, 1::2].max() <= 40
-    assert seen[1][:, 0::2].max() > 50 and seen[1][:, 1::2].max() > 40      # without `size` the whole batch is valid
+    assert seen[1][:, 0::2].max() > 50 and seen[1][:, 1::2].max() > 40  # without `size` the whole batch is valid
 
 
 def test_no_proposal_at_all():
@@ -264,8 +264,12 @@ def test_levels_of_regions():
 def test_both_ways_to_cut_regions_agree(side):
     """Values and gradients, with regions that reach over the border, lie outside, or are smaller than a cell."""
     torch.manual_seed(0)
-    boxes = torch.cat([random_boxes(20, 3) / 4, torch.tensor([[-9., -9, 4, 40], [20, 20, 50, 60], [40, 3, 44, 9],
-                                                              [3, 3, 3.2, 3.1], [0, 0, 16, 12]])])
+    boxes = torch.cat(
+        [
+            random_boxes(20, 3) / 4,
+            torch.tensor([[-9.0, -9, 4, 40], [20, 20, 50, 60], [40, 3, 44, 9], [3, 3, 3.2, 3.1], [0, 0, 16, 12]]),
+        ]
+    )
     picture = torch.tensor([0] * 9 + [2] * 16)
     grads = []
     for cut in (cut_by_kernel, cut_by_matrices):
@@ -294,7 +298,7 @@ def test_regions_keep_their_order():
     boxes = [random_boxes(20, 1) * 8, random_boxes(30, 2) * 3]
     together = pool(features, boxes, [])
     assert len(levels_of(torch.cat(boxes), info.reduction()).unique()) == 3
-    alone = [pool({k: v[i:i + 1] for k, v in features.items()}, [b[None]], []) for i in range(2) for b in boxes[i]]
+    alone = [pool({k: v[i : i + 1] for k, v in features.items()}, [b[None]], []) for i in range(2) for b in boxes[i]]
     torch.testing.assert_close(together, torch.cat(alone))
     assert pool(features, [boxes[0][:0]] * 2, []).shape == (0, 3, 3, 3)
 

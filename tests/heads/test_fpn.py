@@ -1,4 +1,5 @@
 """Without this a head could be told strides or widths that the neck's maps do not have."""
+
 import pytest
 import torch
 import torch.nn.functional as F

@@ -58,9 +58,7 @@ def test_maps_are_merged_in_place(fine, ratio):
     torch.testing.assert_close(out[inner], torch.arange(fine, dtype=torch.float32)[inner])
 
 
-@pytest.mark.parametrize(
-    ('loss', 'expected'), [('l1', 0.25), ('mse', 0.0625), ('charbonnier', (0.0625 + 1e-6) ** 0.5)]
-)
+@pytest.mark.parametrize(('loss', 'expected'), [('l1', 0.25), ('mse', 0.0625), ('charbonnier', (0.0625 + 1e-6) ** 0.5)])
 def test_loss_counts_only_the_pictures(loss, expected):
     info = PYRAMIDS[0]
     head = UNetRestorer(feature_info=info, channels=4, loss=loss)

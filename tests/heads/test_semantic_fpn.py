@@ -55,18 +55,14 @@ def test_nothing_known_is_finite():
 
 
 def test_perfect_logits_cost_nothing_and_come_back():
-    truth = torch.stack(
-        [F.interpolate(mask((12, 16), i)[None, None].float(), (13, 17))[0, 0].long() for i in range(2)]
-    )
+    truth = torch.stack([F.interpolate(mask((12, 16), i)[None, None].float(), (13, 17))[0, 0].long() for i in range(2)])
     head = fixed(build(dice_weight=1.0, lovasz_weight=1.0), 40 * F.one_hot(truth, 4).permute(0, 3, 1, 2).float())
     smooth = F.interpolate(head(None), (52, 68), mode='bilinear').argmax(1)
     terms = head.loss(maps(), [{'mask': m[:50, :66]} for m in smooth])
     assert terms['loss_seg'] < 0.2 and terms['loss_dice'] < 0.1 and terms['loss_lovasz'] < 0.1
     assert terms['pixel_accuracy'] == 1
     results = head.predict(maps(), [(50, 66), (31, 20)])
-    assert torch.equal(results[0]['mask'], smooth[0, :50, :66]) and torch.equal(
-        results[1]['mask'], smooth[1, :31, :20]
-    )
+    assert torch.equal(results[0]['mask'], smooth[0, :50, :66]) and torch.equal(results[1]['mask'], smooth[1, :31, :20])
     assert results[0]['mask'].dtype == torch.int64
     shapes = [tuple(r['mask'].shape) for r in head.predict(maps(), [(50, 66), (31, 20)], [(101, 133), (62, 7)])]
     assert shapes == [(101, 133), (62, 7)]
@@ -84,9 +80,7 @@ def test_class_weight_and_average():
     known[:, :25] = 255
     targets = [{'mask': m} for m in known]
     padded = F.pad(known, (0, 2, 0, 2), value=255)
-    total = F.cross_entropy(
-        F.interpolate(logits, (52, 68), mode='bilinear'), padded, ignore_index=255, reduction='sum'
-    )
+    total = F.cross_entropy(F.interpolate(logits, (52, 68), mode='bilinear'), padded, ignore_index=255, reduction='sum')
     torch.testing.assert_close(build(average='all').loss(features, targets)['loss_seg'], total / padded.numel())
     torch.testing.assert_close(build().loss(features, targets)['loss_seg'], total / (padded != 255).sum())
 

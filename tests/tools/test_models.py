@@ -25,7 +25,7 @@ def test_size_and_weights(capsys):
     models.main(['convformer_s18', '--size', '384', '--format', 'json'])
     assert json.loads(capsys.readouterr().out)[0]['macs'] == pytest.approx(at_384['macs'])
     models.main(['randformer_s12', '--size', '384', '--format', 'json'])
-    assert json.loads(capsys.readouterr().out)[0]['size'] == 224      # it takes no other
+    assert json.loads(capsys.readouterr().out)[0]['size'] == 224  # it takes no other
 
 
 def test_table_and_markdown(capsys):
@@ -36,7 +36,7 @@ def test_table_and_markdown(capsys):
     models.main(['poolformer_s12', '--format', 'markdown', '--dense'])
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == 3 and all(row.startswith('| ') and row.count('|') == rows[0].count('|') for row in rows)
-    assert ' 11.4 ' in rows[2]                                         # without the classifier
+    assert ' 11.4 ' in rows[2]  # without the classifier
 
 
 def test_throughput(capsys):

@@ -37,9 +37,13 @@ def merged(make, monkeypatch, targets, results, images=None):
     for rank in range(2):
         chosen = [*range(rank, len(targets), 2), len(targets) - 1]
         metric = make()
-        metric.process({'images': [images[i] if images else PICTURE for i in chosen],
-                        'targets': [{'index': i, 'image_id': i + 1, **targets[i]} for i in chosen]},
-                       [results[i] for i in chosen])
+        metric.process(
+            {
+                'images': [images[i] if images else PICTURE for i in chosen],
+                'targets': [{'index': i, 'image_id': i + 1, **targets[i]} for i in chosen],
+            },
+            [results[i] for i in chosen],
+        )
         parts.append(pickle.loads(pickle.dumps(metric.results)))
     metric = make()
     with monkeypatch.context() as patch:
@@ -53,8 +57,11 @@ def merged(make, monkeypatch, targets, results, images=None):
 def test_accuracy_by_hand():
     scores = torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.3, 0.2], [0.2, 0.3, 0.5], [0.4, 0.35, 0.25]])
     labels = [1, 1, 0, 2]  # ranks 0, 1, 2, 2
-    metrics = evaluate(Accuracy(topk=(1, 2, 5)), [{'label': label} for label in labels],
-                       [{'scores': row, 'label': int(row.argmax())} for row in scores])
+    metrics = evaluate(
+        Accuracy(topk=(1, 2, 5)),
+        [{'label': label} for label in labels],
+        [{'scores': row, 'label': int(row.argmax())} for row in scores],
+    )
     assert metrics == {'accuracy/top1': 0.25, 'accuracy/top2': 0.5, 'accuracy/top5': 1.0}
 
 
@@ -83,15 +90,32 @@ def coco_meta(tmp_path):
         for mask, label in objects:
             code = run_length.encode(np.asfortranarray(mask, dtype=np.uint8))
             code['counts'] = code['counts'].decode()
-            annotations.append({
-                'id': len(annotations) + 1, 'image_id': number + 1, 'category_id': (3, 7)[label], 'iscrowd': 0,
-                'segmentation': code, 'area': int(mask.sum()), 'bbox': [float(v) for v in run_length.toBbox(code)]})
+            annotations.append(
+                {
+                    'id': len(annotations) + 1,
+                    'image_id': number + 1,
+                    'category_id': (3, 7)[label],
+                    'iscrowd': 0,
+                    'segmentation': code,
+                    'area': int(mask.sum()),
+                    'bbox': [float(v) for v in run_length.toBbox(code)],
+                }
+            )
     crowd = np.zeros((64, 64), dtype=np.uint8)
     crowd[50:, 40:] = 1
     code = run_length.encode(np.asfortranarray(crowd))
     code['counts'] = code['counts'].decode()
-    annotations.append({'id': len(annotations) + 1, 'image_id': 2, 'category_id': 3, 'iscrowd': 1, 'segmentation': code,
-                        'area': int(crowd.sum()), 'bbox': [40, 50, 24, 14]})
+    annotations.append(
+        {
+            'id': len(annotations) + 1,
+            'image_id': 2,
+            'category_id': 3,
+            'iscrowd': 1,
+            'segmentation': code,
+            'area': int(crowd.sum()),
+            'bbox': [40, 50, 24, 14],
+        }
+    )
     file = tmp_path / 'truth.json'
     categories = [{'id': 3, 'name': 'small'}, {'id': 7, 'name': 'large'}]
     file.write_text(json.dumps({'images': images, 'annotations': annotations, 'categories': categories}))
@@ -102,10 +126,20 @@ def perfect(score=0.9):
     results = []
     for objects in circles():
         masks = torch.from_numpy(np.stack([mask for mask, _ in objects]))
-        boxes = torch.stack([torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
-                             for rows, columns in (mask.nonzero(as_tuple=True) for mask in masks)]).float()
-        results.append({'boxes': boxes, 'labels': torch.tensor([label for _, label in objects]), 'masks': masks,
-                        'scores': torch.full((len(objects),), score)})
+        boxes = torch.stack(
+            [
+                torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+                for rows, columns in (mask.nonzero(as_tuple=True) for mask in masks)
+            ]
+        ).float()
+        results.append(
+            {
+                'boxes': boxes,
+                'labels': torch.tensor([label for _, label in objects]),
+                'masks': masks,
+                'scores': torch.full((len(objects),), score),
+            }
+        )
     return results
 
 
@@ -128,8 +162,12 @@ def test_coco_perfect_predictions(coco_meta, capsys):
 
 
 def test_coco_no_predictions_at_all(coco_meta):
-    nothing = {'boxes': torch.zeros(0, 4), 'labels': torch.zeros(0, dtype=torch.int64), 'scores': torch.zeros(0),
-               'masks': torch.zeros(0, 64, 64, dtype=torch.bool)}
+    nothing = {
+        'boxes': torch.zeros(0, 4),
+        'labels': torch.zeros(0, dtype=torch.int64),
+        'scores': torch.zeros(0),
+        'masks': torch.zeros(0, 64, 64, dtype=torch.bool),
+    }
     metrics = evaluate(coco_metric(coco_meta), TARGETS, [nothing, nothing])
     for name in ('mAP', 'mAP_50', 'mAP_s'):
         assert metrics[f'coco/bbox_{name}'] == metrics[f'coco/segm_{name}'] == 0.0
@@ -158,7 +196,7 @@ def test_coco_detections_in_a_crowd_do_not_count(coco_meta):
     for area, wanted in (((51, 62, 42, 60), 1.0), ((2, 12, 50, 62), (1 + 2 / 3) / 2)):
         results = perfect(score=0.5)
         extra = torch.zeros(1, 64, 64, dtype=torch.bool)
-        extra[:, area[0]:area[1], area[2]:area[3]] = True
+        extra[:, area[0] : area[1], area[2] : area[3]] = True
         box = torch.tensor([[area[2], area[0], area[3], area[1]]]).float()
         more = {'boxes': box, 'labels': torch.tensor([0]), 'masks': extra, 'scores': torch.tensor([0.9])}
         results[1] = {key: torch.cat([more[key], results[1][key]]) for key in more}
@@ -201,7 +239,11 @@ def test_segmentation_extremes():
     metric = SegmentationMetric()
     metric.dataset_meta = {'classes': ('ground', 'thing', 'never')}
     assert evaluate(metric, [{'mask': truth}], [{'mask': truth.clone()}]) == {
-        'mIoU': 1.0, 'mAcc': 1.0, 'aAcc': 1.0, 'boundary_F': 1.0}
+        'mIoU': 1.0,
+        'mAcc': 1.0,
+        'aAcc': 1.0,
+        'boundary_F': 1.0,
+    }
     everything = evaluate(metric, [{'mask': truth}], [{'mask': torch.full_like(truth, 2)}])
     assert everything == {'mIoU': 0.0, 'mAcc': 0.0, 'aAcc': 0.0, 'boundary_F': 0.0}
     ignored = evaluate(metric, [{'mask': torch.full_like(truth, 255)}], [{'mask': truth}])
@@ -291,8 +333,9 @@ def test_restoration_options():
     assert luma['psnr'] > plain['psnr'] + 2  # noise of three channels averages out
     spoiled = noisy.clone()
     spoiled[:, :4] = 0
-    assert evaluate(RestorationMetric(baselines=(), crop_border=4), [{'clean': clean}], [{'image': spoiled}]) == \
-        evaluate(RestorationMetric(baselines=(), crop_border=4), [{'clean': clean}], [{'image': noisy}])
+    assert evaluate(
+        RestorationMetric(baselines=(), crop_border=4), [{'clean': clean}], [{'image': spoiled}]
+    ) == evaluate(RestorationMetric(baselines=(), crop_border=4), [{'clean': clean}], [{'image': noisy}])
     outside = evaluate(RestorationMetric(baselines=()), [{'clean': clean}], [{'image': clean + 7 * (clean == 1)}])
     assert outside['psnr'] == math.inf  # clamped as a picture is
     with pytest.raises(ValueError, match=r"baselines must be of input, blur, nlm, got baselines=\('bm3d',\)"):
@@ -317,10 +360,18 @@ def test_two_ranks_equal_one_pass(coco_meta, monkeypatch):
     cases = [
         (lambda: Accuracy(topk=(1, 3)), [{'label': i} for i in range(5)], [{'scores': row} for row in scores], None),
         (lambda: coco_metric(coco_meta), TARGETS, [perfect()[0], perfect(0.2)[1]], None),
-        (lambda: SegmentationMetric(num_classes=4), [{'mask': mask} for mask in masks],
-         [{'mask': mask.roll(1, 0)} for mask in masks], None),
-        (lambda: RestorationMetric(baselines=('input', 'blur')), [{'clean': image} for image in clean],
-         [{'image': gaussian_blur(image, 1)} for image in noisy], noisy),
+        (
+            lambda: SegmentationMetric(num_classes=4),
+            [{'mask': mask} for mask in masks],
+            [{'mask': mask.roll(1, 0)} for mask in masks],
+            None,
+        ),
+        (
+            lambda: RestorationMetric(baselines=('input', 'blur')),
+            [{'clean': image} for image in clean],
+            [{'image': gaussian_blur(image, 1)} for image in noisy],
+            noisy,
+        ),
     ]
     for make, targets, results, images in cases:
         assert merged(make, monkeypatch, targets, results, images) == evaluate(make(), targets, results, images)

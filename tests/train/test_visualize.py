@@ -9,8 +9,10 @@ from PIL import Image
 
 from densezoo.train.visualize import as_pixels, curves, draw, grid, save_pictures
 
-META = {'classes': ('cat', 'dog', 'a very long class name that does not fit'),
-        'palette': [(255, 0, 0), (0, 255, 0), (0, 0, 255)]}
+META = {
+    'classes': ('cat', 'dog', 'a very long class name that does not fit'),
+    'palette': [(255, 0, 0), (0, 255, 0), (0, 0, 255)],
+}
 BAND = 22
 
 
@@ -19,8 +21,11 @@ def grey(height, width, value=100):
 
 
 def detection(boxes, labels, scores, size=None):
-    result = {'boxes': torch.tensor(boxes).reshape(-1, 4).float(), 'labels': torch.tensor(labels, dtype=torch.int64),
-              'scores': torch.tensor(scores).float()}
+    result = {
+        'boxes': torch.tensor(boxes).reshape(-1, 4).float(),
+        'labels': torch.tensor(labels, dtype=torch.int64),
+        'scores': torch.tensor(scores).float(),
+    }
     if size is not None:
         masks = torch.zeros(len(boxes), *size, dtype=torch.bool)
         for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True):
@@ -42,9 +47,9 @@ def test_boxes_are_where_they_should_be():
     where = changed(panel)
     rows, columns = np.flatnonzero(where.any(1)), np.flatnonzero(where.any(0))
     assert rows[-1] == 50 * 4 - 1 and columns[0] == 40 * 4
-    assert (panel[30 * 4:50 * 4, 40 * 4] == (0, 255, 0)).all()  # the left side, in the class's colour
-    assert not where[33 * 4:48 * 4, 43 * 4:68 * 4].any()        # nothing inside
-    name = panel[30 * 4 - 18:30 * 4 - 4, 40 * 4:40 * 4 + 30]
+    assert (panel[30 * 4 : 50 * 4, 40 * 4] == (0, 255, 0)).all()  # the left side, in the class's colour
+    assert not where[33 * 4 : 48 * 4, 43 * 4 : 68 * 4].any()  # nothing inside
+    name = panel[30 * 4 - 18 : 30 * 4 - 4, 40 * 4 : 40 * 4 + 30]
     assert (name == (0, 255, 0)).all(2).any() and (name == 0).all(2).any()  # black letters on green
 
 
@@ -61,8 +66,13 @@ def test_masks_are_filled_and_weak_or_surplus_detections_left_out():
 
 def test_results_refer_to_the_original_size_and_truth_to_the_network_s():
     """A 100x200 picture was shown to the network at 50x100."""
-    target = {'size': (50, 100), 'original_size': (100, 200), 'boxes': torch.tensor([[10.0, 10, 40, 40]]),
-              'labels': torch.tensor([0]), 'masks': torch.zeros(1, 50, 100, dtype=torch.bool)}
+    target = {
+        'size': (50, 100),
+        'original_size': (100, 200),
+        'boxes': torch.tensor([[10.0, 10, 40, 40]]),
+        'labels': torch.tensor([0]),
+        'masks': torch.zeros(1, 50, 100, dtype=torch.bool),
+    }
     target['masks'][0, 10:40, 10:40] = True
     picture = draw(grey(50, 100), detection([[20, 20, 80, 80]], [0], [1.0], (100, 200)), target, META)
     assert picture.shape == (BAND + 300, 2 * 600 + 4, 3)
@@ -86,10 +96,14 @@ def test_odd_pictures_and_boxes_at_the_rim(size):
 def test_segmentation_beside_the_truth():
     mask = torch.zeros(128, 128, dtype=torch.int64)
     mask[:64], mask[64:, :64] = 1, 255
-    picture = draw(grey(64, 64), {'mask': mask}, {'mask': mask.roll(64, 1)},
-                   {'classes': 'abc', 'palette': [(0, 0, 0), (255, 0, 0), (0, 0, 255)]})
+    picture = draw(
+        grey(64, 64),
+        {'mask': mask},
+        {'mask': mask.roll(64, 1)},
+        {'classes': 'abc', 'palette': [(0, 0, 0), (255, 0, 0), (0, 0, 255)]},
+    )
     assert picture.shape == (BAND + 256, 3 * 256 + 8, 3)
-    plain, found, truth = (picture[BAND:, x:x + 256] for x in (0, 260, 520))
+    plain, found, truth = (picture[BAND:, x : x + 256] for x in (0, 260, 520))
     assert not changed(plain).any()
     assert found[60, 60, 0] > 180 and found[60, 60, 2] < 80
     assert (found[200, 60] == found[200, 200]).all()  # ignored and black background: grey alike
@@ -100,7 +114,7 @@ def test_restoration_strip():
     clean = torch.rand(3, 60, 80)
     picture = draw(clean.flip(0), {'image': clean}, {'clean': clean})
     assert picture.shape == (BAND + 300, 3 * 400 + 8, 3)
-    before, after, truth = (picture[BAND:, x:x + 400] for x in (0, 404, 808))
+    before, after, truth = (picture[BAND:, x : x + 400] for x in (0, 404, 808))
     assert (after == truth).all() and (before == truth[..., ::-1]).all()
     assert (truth[::5, ::5] == as_pixels(clean)).all()  # enlarged without smoothing
 
@@ -129,7 +143,7 @@ def test_grid_places_every_picture():
     assert sheet.shape == (3 * (14 + 3) + 3, 2 * (20 + 3) + 3, 3)
     for number in range(5):
         top, left = 3 + (number // 2) * 17, 3 + (number % 2) * 23
-        assert (sheet[top:top + 10 + number, left:left + 20] == number).all()
+        assert (sheet[top : top + 10 + number, left : left + 20] == number).all()
     assert (sheet[:3] == 255).all()
     height, width = grid([np.zeros((30, 90, 3), np.uint8)] * 12).shape[:2]
     assert 0.5 < width / height < 2
@@ -148,8 +162,10 @@ def test_save_pictures_round_trip(tmp_path):
 
 
 def test_curves(tmp_path):
-    rows = [{'kind': 'train', 'step': step, 'loss': 2 / step, 'loss_box': 1 / step, 'lr': 0.1, 'time': 0.2}
-            for step in range(1, 50)]
+    rows = [
+        {'kind': 'train', 'step': step, 'loss': 2 / step, 'loss_box': 1 / step, 'lr': 0.1, 'time': 0.2}
+        for step in range(1, 50)
+    ]
     rows.append({'kind': 'val', 'step': 49, 'mIoU': 0.5, 'aAcc': 0.7})
     (tmp_path / 'log.jsonl').write_text('\n'.join(map(json.dumps, rows)))
     curves(rows, tmp_path / 'a.png')
@@ -161,12 +177,21 @@ def test_curves(tmp_path):
     curves([], tmp_path / 'nothing.png')
 
 
-@pytest.mark.parametrize('make, message', [
-    (lambda: draw(grey(4, 4), {'points': 1}), r"a result holds 'boxes', 'mask', 'image' or 'label', got \['points'\]"),
-    (lambda: draw(torch.zeros(2, 3, 4, 4), {'label': 0}), r'must be \(3, H, W\) or \(1, H, W\), got \(2, 3, 4, 4\)'),
-    (lambda: draw(np.zeros((4, 4)), {'label': 0}), r'an array must be uint8 \(H, W, 3\)'),
-    (lambda: grid([]), 'grid needs at least one picture'),
-])
+@pytest.mark.parametrize(
+    'make, message',
+    [
+        (
+            lambda: draw(grey(4, 4), {'points': 1}),
+            r"a result holds 'boxes', 'mask', 'image' or 'label', got \['points'\]",
+        ),
+        (
+            lambda: draw(torch.zeros(2, 3, 4, 4), {'label': 0}),
+            r'must be \(3, H, W\) or \(1, H, W\), got \(2, 3, 4, 4\)',
+        ),
+        (lambda: draw(np.zeros((4, 4)), {'label': 0}), r'an array must be uint8 \(H, W, 3\)'),
+        (lambda: grid([]), 'grid needs at least one picture'),
+    ],
+)
 def test_errors_are_one_line(make, message):
     with pytest.raises(ValueError, match=message):
         make()

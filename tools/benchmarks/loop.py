@@ -62,4 +62,6 @@ def run(config: str = 'quickstart/classification', *, iterations: int = 200, wor
     runner: Any = build_runner(options, work_dir=work_dir)
     runner.train()
     best = runner.train_loop.best
-    return [Comparison(name=f'training iteration, {config}', ours=best['ours'], peer=best['bare'], peer_name='bare loop')]
+    return [
+        Comparison(name=f'training iteration, {config}', ours=best['ours'], peer=best['bare'], peer_name='bare loop')
+    ]

@@ -19,7 +19,13 @@ def _lists(samples: list[Any]) -> tuple[Any, ...]:
 
 
 def run(
-    root: str = 'demo:detection', *, batch: int = 8, workers: int = 2, batches: int = 100, masks: bool = False, repeats: int = 5
+    root: str = 'demo:detection',
+    *,
+    batch: int = 8,
+    workers: int = 2,
+    batches: int = 100,
+    masks: bool = False,
+    repeats: int = 5,
 ) -> list[Comparison]:
     """Seconds per image, shuffled, with random flips, from the files to float tensors on the CPU.
 

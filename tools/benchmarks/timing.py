@@ -24,7 +24,13 @@ class Comparison:
 
 
 def compare(
-    name: str, ours: Callable[[], object], peer: Callable[[], object], *, peer_name: str, repeats: int = 10, warmup: int = 2
+    name: str,
+    ours: Callable[[], object],
+    peer: Callable[[], object],
+    *,
+    peer_name: str,
+    repeats: int = 10,
+    warmup: int = 2,
 ) -> Comparison:
     """Time two callables in turn.
 

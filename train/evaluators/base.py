@@ -45,8 +45,10 @@ class Metric(BaseMetric):
         """
         images, targets = data_batch['images'], data_batch['targets']
         if not len(images) == len(targets) == len(data_samples):
-            raise ValueError(f'{type(self).__name__} needs one result per image, got {len(data_samples)} results for '
-                             f'{len(targets)} targets and {len(images)} images')
+            raise ValueError(
+                f'{type(self).__name__} needs one result per image, got {len(data_samples)} results for '
+                f'{len(targets)} targets and {len(images)} images'
+            )
         for image, target, result in zip(images, targets, data_samples, strict=True):
             index = int(target['index'] if 'index' in target else target['image_id'])
             self.results.append((index, self.measure(image, target, result)))

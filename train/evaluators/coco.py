@@ -54,8 +54,10 @@ class CocoMetric(Metric):
                 raise ValueError("iou_types asks for 'segm' but the results hold no masks: use a head with masks")
             masks = torch.as_tensor(result['masks']).detach().cpu().numpy().astype(np.uint8)
             if len(masks) and masks.shape[1:] != tuple(target['original_size']):
-                raise ValueError(f'{target.get("file", "image")}: masks have size {masks.shape[1:]}, '
-                                 f'the picture {tuple(target["original_size"])}')
+                raise ValueError(
+                    f'{target.get("file", "image")}: masks have size {masks.shape[1:]}, '
+                    f'the picture {tuple(target["original_size"])}'
+                )
             measurement['segm'] = [run_length.encode(np.asfortranarray(mask)) for mask in masks]
         return measurement
 
@@ -69,11 +71,16 @@ class CocoMetric(Metric):
         for kind in self.iou_types:
             key = 'bbox' if kind == 'bbox' else 'segmentation'
             detections = [
-                {'image_id': measurement['image_id'], 'category_id': category_ids[int(label)], 'score': float(score),
-                 key: found.tolist() if kind == 'bbox' else found}
+                {
+                    'image_id': measurement['image_id'],
+                    'category_id': category_ids[int(label)],
+                    'score': float(score),
+                    key: found.tolist() if kind == 'bbox' else found,
+                }
                 for measurement in measurements
-                for label, score, found in zip(measurement['labels'], measurement['scores'], measurement[kind],
-                                               strict=True)
+                for label, score, found in zip(
+                    measurement['labels'], measurement['scores'], measurement[kind], strict=True
+                )
             ]
             evaluation = self._evaluate(truth, detections, kind, image_ids, category_ids)
             for name, position in _STATS.items():
@@ -86,8 +93,9 @@ class CocoMetric(Metric):
         return metrics
 
     @staticmethod
-    def _evaluate(truth: COCO, detections: list[dict], kind: str, image_ids: list[int],
-                  category_ids: list[int]) -> COCOeval:
+    def _evaluate(
+        truth: COCO, detections: list[dict], kind: str, image_ids: list[int], category_ids: list[int]
+    ) -> COCOeval:
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints each step
             if detections:
                 found = truth.loadRes(detections)
@@ -112,6 +120,8 @@ class CocoMetric(Metric):
 
     def _meta(self, key: str) -> Any:
         if not self.dataset_meta or key not in self.dataset_meta:
-            raise ValueError(f"CocoMetric needs dataset_meta['{key}'], which CocoDetection gives; "
-                             f'got {sorted(self.dataset_meta or {})}')
+            raise ValueError(
+                f"CocoMetric needs dataset_meta['{key}'], which CocoDetection gives; "
+                f'got {sorted(self.dataset_meta or {})}'
+            )
         return self.dataset_meta[key]

@@ -37,8 +37,7 @@ class RestorationMetric(Metric):
         baselines: any of 'input', 'blur', 'nlm'.
     """
 
-    def __init__(self, *, crop_border: int = 0, y_channel: bool = False,
-                 baselines: Sequence[str] = _BASELINES) -> None:
+    def __init__(self, *, crop_border: int = 0, y_channel: bool = False, baselines: Sequence[str] = _BASELINES) -> None:
         super().__init__()
         if set(baselines) - set(_BASELINES):
             raise ValueError(f'baselines must be of {", ".join(_BASELINES)}, got {baselines=}')
@@ -53,18 +52,23 @@ class RestorationMetric(Metric):
         """PSNR and SSIM of the result, PSNR of each candidate of each baseline."""
         clean, restored = to_pixels(target['clean']), to_pixels(result['image'])
         if clean.shape != restored.shape:
-            raise ValueError(f'{target.get("file", "image")}: the restored picture has size {restored.shape[:2]}, '
-                             f'the clean one {clean.shape[:2]}')
+            raise ValueError(
+                f'{target.get("file", "image")}: the restored picture has size {restored.shape[:2]}, '
+                f'the clean one {clean.shape[:2]}'
+            )
         options: dict[str, Any] = {'crop_border': self.crop_border, 'y_channel': self.y_channel}
         measurement: dict[str, Any] = {
-            'psnr': psnr(restored, clean, **options), 'ssim': ssim(restored, clean, **options)}
+            'psnr': psnr(restored, clean, **options),
+            'ssim': ssim(restored, clean, **options),
+        }
         if self.baselines:
             degraded = torch.as_tensor(image).detach().float().cpu().contiguous()
             key = zlib.crc32(clean.tobytes(), zlib.crc32(degraded.numpy().tobytes()))
             if key not in self._known:
                 self._known[key] = {
                     name: [psnr(candidate, clean, **options) for candidate in _CANDIDATES[name](degraded)]
-                    for name in self.baselines}
+                    for name in self.baselines
+                }
             measurement |= self._known[key]
         return measurement
 
@@ -120,8 +124,9 @@ def _ssim_plane(x: np.ndarray, y: np.ndarray) -> float:
     return float((likeness / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).mean())
 
 
-def _prepared(first: np.ndarray, second: np.ndarray, crop_border: int,
-              y_channel: bool) -> tuple[np.ndarray, np.ndarray]:
+def _prepared(
+    first: np.ndarray, second: np.ndarray, crop_border: int, y_channel: bool
+) -> tuple[np.ndarray, np.ndarray]:
     if first.shape != second.shape or first.ndim != 3:
         raise ValueError(f'two (H, W, C) pictures of one size are needed, got {first.shape=}, {second.shape=}')
     if y_channel and first.shape[2] != 3:
@@ -158,4 +163,7 @@ def _non_local_means(degraded: torch.Tensor) -> list[np.ndarray]:
 
 
 _CANDIDATES: dict[str, Callable[[torch.Tensor], list[np.ndarray]]] = {
-    'input': lambda degraded: [to_pixels(degraded)], 'blur': _blurred, 'nlm': _non_local_means}
+    'input': lambda degraded: [to_pixels(degraded)],
+    'blur': _blurred,
+    'nlm': _non_local_means,
+}

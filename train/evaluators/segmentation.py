@@ -40,12 +40,19 @@ class SegmentationMetric(Metric):
         classwise: also report 'IoU/<class name>'.
     """
 
-    def __init__(self, *, num_classes: int | None = None, ignore_index: int = 255,
-                 boundary_tolerance: float | None = 0.0075, classwise: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        num_classes: int | None = None,
+        ignore_index: int = 255,
+        boundary_tolerance: float | None = 0.0075,
+        classwise: bool = False,
+    ) -> None:
         super().__init__()
         if boundary_tolerance is not None and not 0 <= boundary_tolerance < 1:
-            raise ValueError(f'boundary_tolerance must be a fraction of the diagonal in [0, 1) or None, '
-                             f'got {boundary_tolerance=}')
+            raise ValueError(
+                f'boundary_tolerance must be a fraction of the diagonal in [0, 1) or None, got {boundary_tolerance=}'
+            )
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.boundary_tolerance = boundary_tolerance
@@ -62,8 +69,9 @@ class SegmentationMetric(Metric):
         valid = truth != self.ignore_index
         for name, ids in (('truth', truth[valid]), ('prediction', found[valid])):
             if ids.size and not 0 <= ids.min() <= ids.max() < classes:
-                raise ValueError(f'{file}: class ids of the {name} must be 0..{classes - 1}, got '
-                                 f'{ids.min()}..{ids.max()}')
+                raise ValueError(
+                    f'{file}: class ids of the {name} must be 0..{classes - 1}, got {ids.min()}..{ids.max()}'
+                )
         cells, pixels = np.unique(truth[valid] * classes + found[valid], return_counts=True)
         labels, scores = [], []
         if self.boundary_tolerance is not None:
@@ -87,8 +95,11 @@ class SegmentationMetric(Metric):
         matrix = flat.reshape(classes, classes)
         right, truth, found = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
         union = truth + found - right
-        metrics = {'mIoU': _mean_ratio(right, union), 'mAcc': _mean_ratio(right, truth),
-                   'aAcc': float(right.sum() / max(matrix.sum(), 1))}
+        metrics = {
+            'mIoU': _mean_ratio(right, union),
+            'mAcc': _mean_ratio(right, truth),
+            'aAcc': float(right.sum() / max(matrix.sum(), 1)),
+        }
         if self.boundary_tolerance is not None:
             metrics['boundary_F'] = _mean_ratio(boundary_sum, boundary_images)
         if self.classwise:
