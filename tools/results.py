@@ -21,6 +21,7 @@ from pathlib import Path
 import cv2
 import torch
 
+from densezoo.data import read_image
 from densezoo.tools import models
 from densezoo.tools.benchmark import table
 from densezoo.tools.common import report_errors
@@ -68,7 +69,7 @@ def latest_pictures(run: Path, count: int) -> list[Path]:
 
 def write_sheet(files: Sequence[Path], path: Path, columns: int, width: int) -> None:
     """Several pictures on one JPEG of at most `width` pixels across."""
-    pictures = [as_pixels(cv2.cvtColor(cv2.imread(str(file)), cv2.COLOR_BGR2RGB)) for file in files]
+    pictures = [as_pixels(read_image(file)) for file in files]
     sheet = cv2.cvtColor(grid(pictures, columns), cv2.COLOR_RGB2BGR)
     scale = min(1.0, width / sheet.shape[1])
     sheet = cv2.resize(sheet, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)

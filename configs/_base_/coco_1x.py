@@ -41,3 +41,4 @@ param_scheduler = [
 ]
 train_cfg = dict(type=EpochLoop, max_epochs=12, val_interval=1)
 val_cfg = dict(type=ValLoop)
+default_hooks = dict(checkpoint=dict(by_epoch=True, interval=1))

@@ -76,3 +76,4 @@ param_scheduler = [
 ]
 train_cfg = dict(type=EpochLoop, max_epochs=epochs, val_interval=5)
 val_cfg = dict(type=ValLoop)
+default_hooks = dict(checkpoint=dict(by_epoch=True, interval=1))
