@@ -23,9 +23,9 @@ def build_on_meta(config: Config) -> torch.nn.Module:
 def test_there_are_configs_for_every_task():
     folders = {name.split('/')[0] for name in NAMES}
     assert folders == {'quickstart', 'custom', 'classification', 'detection', 'segmentation', 'restoration'}
-    for folder in ('quickstart', 'custom'):
+    for folder, more in (('quickstart', {'detection_fcos'}), ('custom', set())):
         tasks = {name.split('/')[1] for name in NAMES if name.startswith(f'{folder}/')}
-        assert tasks == {'classification', 'detection', 'instance', 'segmentation', 'restoration'}
+        assert tasks == more | {'classification', 'detection', 'instance', 'segmentation', 'restoration'}
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -56,3 +56,39 @@ def test_recipe_states_its_figure(name):
     """The last comment of a recipe is the published figure, or says that there is none."""
     last = find_config(name).read_text().strip().splitlines()[-1]
     assert last.startswith('# ') and 'published' in last and 'trained here' in last
+
+
+def batch_for(size: int) -> dict:
+    """Two pictures with every kind of target: what a head does not ask for it does not read."""
+    torch.manual_seed(0)
+    targets = []
+    for number in range(2):
+        masks = torch.zeros(1, size, size, dtype=torch.bool)
+        masks[:, 8:40, 8:40] = True
+        targets.append(
+            dict(
+                label=number,
+                boxes=torch.tensor([[8.0, 8.0, 40.0, 40.0]]),
+                labels=torch.tensor([number]),
+                masks=masks,
+                mask=masks[0].long(),
+                clean=torch.rand(3, size, size),
+                size=(size, size),
+                original_size=(size, size),
+            )
+        )
+    return dict(images=[torch.randint(0, 256, (3, size, size), dtype=torch.uint8) for _ in range(2)], targets=targets)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_reduced_copy_takes_one_step(name):
+    config = load_config(name)
+    config.model.backbone.pop('pretrained', None)
+    config.model.backbone.update(dims=(8, 16, 24, 32), depths=(1, 1, 1, 1))
+    model = MODELS.build(config.model).train()
+    fixed = getattr(model.backbone.sizes, 'height_width', None)
+    batch = model.data_preprocessor(batch_for(fixed[0] if fixed else 64), True)
+    total, _ = model.parse_losses(model(**batch, mode='loss'))
+    total.backward()
+    gradients = [parameter.grad for parameter in model.backbone.parameters() if parameter.grad is not None]
+    assert torch.isfinite(total) and any(gradient.abs().sum() > 0 for gradient in gradients)
