@@ -1,0 +1,41 @@
+"""The benchmarks run from the command line and print both sides. Without these tests they rot unseen: no figure of
+theirs is asserted anywhere, since a timed test would fail on a busy machine."""
+
+import json
+
+import pytest
+
+from densezoo.tools.benchmark import main
+from densezoo.tools.benchmarks.timing import Comparison, compare
+
+
+def test_compare_takes_the_minimum_of_each_side_in_turn():
+    calls = []
+    row = compare('x', lambda: calls.append('a'), lambda: calls.append('b'), peer_name='b', repeats=2, warmup=1)
+    assert calls == ['a', 'b', 'a', 'b', 'b', 'a']
+    assert row.ours > 0 and row.peer > 0
+    assert Comparison('x', ours=2.0, peer=3.0, peer_name='b').row()['ratio'] == 1.5
+
+
+@pytest.mark.parametrize(
+    ('what', 'options', 'peer'),
+    [
+        ('backbones', ['--models', 'poolformer_s12', '--batch', '1', '--size', '64', '--repeats', '1'], 'timm'),
+        ('loop', ['--iterations', '20'], 'bare loop'),
+        ('pipeline', ['--workers', '0', '--batches', '2'], 'torchvision reference'),
+        ('pipeline', ['--workers', '0', '--batches', '2', '--masks'], 'torchvision reference'),
+    ],
+)
+def test_speed_benchmarks_print_both_sides(capsys, what, options, peer):
+    assert main(['--json', what, *options]) == 0
+    printed = capsys.readouterr().out
+    rows = json.loads(printed[printed.index('[\n') :])
+    assert rows and all(row['ours'] > 0 and row['peer'] > 0 and row['peer_name'] == peer for row in rows)
+
+
+@pytest.mark.parametrize('task', ['classification', 'detection'])
+def test_peers_train_the_same_head_on_another_backbone(capsys, tmp_path, task):
+    assert main(['peers', '--tasks', task, '--max-iters', '2', '--work-dir', str(tmp_path)]) == 0
+    line = capsys.readouterr().out.strip().splitlines()[-1]
+    assert line.startswith(f'| {task} |') and 'mobilenet_v3_small' in line
+    assert (tmp_path / f'{task}_peer' / 'metrics.json').is_file()
