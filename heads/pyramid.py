@@ -99,7 +99,7 @@ def positive(name: str, value: int) -> int:
 
 
 def norm_layer(norm: str) -> Callable[[int], nn.Module] | None:
-    """'none' -> None, 'group' -> GroupNorm of 32 groups (or the largest divisor of both), 'batch' -> BatchNorm2d."""
+    """'none' -> None, 'group' -> GroupNorm of 32 groups (fewer on narrow maps), 'batch' -> BatchNorm2d."""
     choose('norm', norm, ('none', 'group', 'batch'))
     if norm == 'none':
         return None
@@ -107,7 +107,8 @@ def norm_layer(norm: str) -> Callable[[int], nn.Module] | None:
 
 
 def _group_norm(groups: int, channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(groups, channels), channels)
+    # At least two channels in a group: one value of a 1x1 map cannot be normalised, and PyTorch refuses it.
+    return nn.GroupNorm(math.gcd(groups, max(1, channels // 2)), channels)
 
 
 def check_sizes(sizes: Sequence[Size], batch: int, padded: Size, original_sizes: Sequence[Size] | None) -> None:

@@ -57,6 +57,8 @@ def start(launcher: str = 'none') -> None:
 
 
 def stop() -> None:
-    """Leave the group."""
+    """Leave the group, all ranks together unless an error is on its way: who leaves early can abort the others."""
     if distributed.is_initialized():
+        if sys.exc_info()[0] is None:
+            distributed.barrier()
         distributed.destroy_process_group()

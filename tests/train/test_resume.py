@@ -114,6 +114,7 @@ def save_for_ever(path: Path, first: int) -> None:
     """The work of a child process, which must never return into pytest nor outlive it for long."""
     try:
         deadline = time.monotonic() + 30
+        torch.set_num_threads(1)  # the thread pool of the parent does not exist in a forked child: using it hangs
         for number in itertools.count(first):
             save_checkpoint({'state_dict': {'weight': torch.full((100_000,), float(number))}}, path)
             if time.monotonic() > deadline:

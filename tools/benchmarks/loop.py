@@ -1,6 +1,7 @@
 """What the training loop costs: mmengine's Runner with our hooks against a bare PyTorch loop, same model, same data."""
 
 import copy
+import inspect
 import time
 from typing import Any
 
@@ -24,7 +25,9 @@ class PairedLoop(IterLoop):
         model: Any = self.runner.model.train()
         bare: Any = copy.deepcopy(model)
         wrapper: Any = self.runner.optim_wrapper
-        optimizer = type(wrapper.optimizer)(bare.parameters(), **wrapper.optimizer.defaults)
+        kind, settings = type(wrapper.optimizer), wrapper.optimizer.defaults
+        accepted = inspect.signature(kind).parameters  # defaults hold more than the constructor takes
+        optimizer = kind(bare.parameters(), **{name: settings[name] for name in settings if name in accepted})
         scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.5, total_iters=self.max_iters)
 
         def bare_iteration(batch: dict[str, Any]) -> None:

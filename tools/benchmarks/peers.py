@@ -55,7 +55,13 @@ def run(tasks: Sequence[str] = tuple(METRICS), *, work_dir: str, max_iters: int 
         for side in ('ours', 'peer'):
             overrides = []
             if max_iters:
-                overrides = [f'train_cfg.max_iters={max_iters}', f'param_scheduler.1.end={max_iters}']
+                warmup = min(100, max_iters // 2)
+                overrides = [
+                    f'train_cfg.max_iters={max_iters}',
+                    f'param_scheduler.0.end={warmup}',
+                    f'param_scheduler.1.begin={warmup}',
+                    f'param_scheduler.1.end={max_iters}',
+                ]
             config = load_config(f'quickstart/{task}', overrides)
             if side == 'peer':
                 backbone = config.model.backbone
