@@ -8,6 +8,7 @@ Ratios above 1 mean that ours is faster. Nothing else should run on the machine.
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
@@ -87,7 +88,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     options = vars(parser().parse_args(argv))
     as_json = options.pop('json')
-    rows = measure(options)
+    with contextlib.redirect_stdout(sys.stderr):  # training logs; standard output is the table's alone
+        rows = measure(options)
     print(json.dumps(rows, indent=2) if as_json else table(rows))
     return 0
 
