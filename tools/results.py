@@ -133,9 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     images = ROOT / 'docs' / 'images'
     (ROOT / 'docs' / 'results.md').write_text(results_page(runs, images))
     (ROOT / 'docs' / 'models.md').write_text(models_page())
-    write_sheet(
-        [picture for task in TASKS for picture in latest_pictures(runs / task, 1)], images / 'quickstarts.jpg', 5, 1600
-    )
+    banner = [picture for task in TASKS if task != 'classification' for picture in latest_pictures(runs / task, 1)]
+    write_sheet(banner, images / 'quickstarts.jpg', 2, 1400)
     readme = (ROOT / 'README.md').read_text()
     before, rest = readme.split(MARKS[0])
     _, after = rest.split(MARKS[1])
