@@ -12,7 +12,7 @@ from densezoo.train.evaluators import Accuracy
 with read_base():
     from .._base_.schedule_quickstart import *
 
-max_iters = 1200
+max_iters = 1000
 
 model = dict(
     type=ImageClassifier,
@@ -57,5 +57,5 @@ val_dataloader = dict(
 )
 val_evaluator = dict(type=Accuracy, topk=(1, 5))
 
-train_cfg.update(max_iters=max_iters, val_interval=600)
+train_cfg.update(max_iters=max_iters, val_interval=500)
 param_scheduler[1].update(end=max_iters)
