@@ -14,6 +14,8 @@ class Comparison:
     ours: float
     peer: float
     peer_name: str
+    ours_bytes: int | None = None  # peak of tensors, where it is measured
+    peer_bytes: int | None = None
 
     @property
     def ratio(self) -> float:
