@@ -26,7 +26,7 @@ _Model = TypeVar('_Model', bound=nn.Module)
 # last parts of keys whose values constructors compute: index tables, attention masks, counters
 _COMPUTED = re.compile(
     r'(relative_position_index|relative_coords_table|rel_pos_idx|biases_idx|attention_bias_idxs|'
-    r'bias_idxs|position_index|attn_mask|num_batches_tracked|out_zero_mask|total_step)$'
+    r'bias_idxs|position_index|attn_mask|num_batches_tracked|out_zero_mask|total_step|\bwarm|\biter)$'
 )
 # names under which training programs keep the model, averaged weights first
 _CONTAINERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
@@ -60,9 +60,9 @@ def load_checkpoint(
         content, source = path_or_state_dict, 'the state dict'
     else:
         content, source = read(path_or_state_dict), os.fspath(path_or_state_dict)
-    state = _state_dict(content, source)
+    state = _state_dict(content, source, model.beside_backbone if isinstance(model, Hierarchical) else ())
     if isinstance(model, Hierarchical):
-        state = model.convert(state)
+        state = model.resample(model.convert(state))
     own = model.state_dict()
     state = {key: _fit(key, value, own) for key, value in state.items() if not _COMPUTED.search(key)}
     notes = _adapt(model, state, own)
@@ -162,8 +162,8 @@ def read(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f'{os.fspath(path)} is not a PyTorch checkpoint or is damaged ({reason})') from None
 
 
-def _state_dict(content: Any, source: str) -> dict[str, Tensor]:
-    """The tensors of a backbone out of whatever a training program saved."""
+def _state_dict(content: Any, source: str, beside: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors of a backbone out of whatever a training program saved; of a whole model also those `beside` it."""
     for name in _CONTAINERS:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
@@ -173,7 +173,8 @@ def _state_dict(content: Any, source: str) -> dict[str, Tensor]:
     state = {str(key).removeprefix('module.'): value for key, value in content.items() if isinstance(value, Tensor)}
     prefix = 'backbone.'
     if any(key.startswith(prefix) for key in state):
-        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        kept = (prefix, *beside)
+        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(kept)}
     return state
 
 

@@ -31,7 +31,7 @@ class MetaFormer(Hierarchical):
             one per stage; None leaves them out.
         head: 'linear' or 'mlp' (four times wider hidden layer with squared ReLU).
         img_size: height and width that size-dependent mixers ('random') are made for; 224 if None.
-        init: 'published' or 'fan_in', see `Hierarchical.init_weights`.
+        output_norm: normalisation of the dense form's maps, by name; None returns the stages' raw maps.
         The others: see `Hierarchical.assemble`.
     """
 
@@ -54,12 +54,9 @@ class MetaFormer(Hierarchical):
         img_size: int | tuple[int, int] | None = None,
         features_only: bool = False,
         out_indices: int | Sequence[int] = (0, 1, 2, 3),
-        init: str = 'published',
+        output_norm: str | None = None,
     ):
         super().__init__()
-        if init not in ('published', 'fan_in'):
-            raise ValueError(f"init must be 'published' or 'fan_in', got {init=}")
-        self.init = init
         depths, dims = check_stages(depths, dims)
         size = img_size if img_size is not None else 224
         height, width = (size, size) if isinstance(size, int) else tuple(size)
@@ -95,7 +92,7 @@ class MetaFormer(Hierarchical):
             dims=dims,
             downsamplings=[stem, *downsamplings],
             stages=stages,
-            output_norm=None,
+            output_norm=norm_factory(output_norm) if output_norm else None,
             norm=norm_factory('layer'),
             head=head,
             in_chans=in_chans,

@@ -30,6 +30,10 @@ class Weights:
     cfg: PretrainedCfg
     metadata: Mapping[str, Any]
 
+    @property
+    def published(self) -> bool:
+        return bool(self.cfg.url or self.metadata.get('page'))
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -55,7 +59,7 @@ def weights(
     *,
     top1: float | None,
     params: float,
-    macs: float,
+    macs: float | None,
     paper: str,
     origin: str,
     size: int = 224,
@@ -70,10 +74,11 @@ def weights(
 
     Args:
         tag: what distinguishes them, as in `name.tag`; timm's tag where timm has the same ones.
-        url: direct address of the file, or None if it lies on a drive; then `page` names the page.
+        url: direct address of the file, or None if it lies on a drive; then `page` names the page. With neither, the
+            description is of a model whose weights were never published.
         top1: published ImageNet-1k accuracy in percent.
-        params: published parameters in 1e6.
-        macs: published multiply-adds in 1e9 at `size`.
+        params: published parameters in 1e6 (a whole number if no decimals were published).
+        macs: published multiply-adds in 1e9 at `size`, None if there is no such figure.
         classifier, first_conv: layers that depend on the number of classes and of the image's channels.
     """
     cfg = PretrainedCfg(
@@ -148,7 +153,11 @@ def list_models(filter: str = '*', pretrained: bool = False) -> list[str]:
     names = (
         [f'{entry.name}.{tag}' for entry in _ENTRIES.values() for tag in entry.weights]
         if '.' in filter
-        else [entry.name for entry in _ENTRIES.values() if entry.weights or not pretrained]
+        else [
+            entry.name
+            for entry in _ENTRIES.values()
+            if not pretrained or any(w.published for w in entry.weights.values())
+        ]
     )
     return sorted((name for name in names if fnmatch(name, filter)), key=_natural)
 
@@ -173,7 +182,7 @@ def create_model(
         out_indices: stages of that list, 0 to 3 for the strides 4 to 32.
         in_chans: channels of the image; published weights of the first convolution are adapted.
         num_classes: 0 for pooled features.
-        img_size: for models made for one size.
+        img_size: for models made for one size; None for the registered one.
         checkpoint_path: a file for `load_checkpoint`.
         overrides: arguments of the model's class, see `constructor_arguments`; timm's `pretrained_cfg_overlay` and
             `cache_dir`.
@@ -196,8 +205,7 @@ def create_model(
         out_indices=out_indices,
         in_chans=in_chans,
         num_classes=num_classes,
-        img_size=img_size,
-        **overrides,
+        **(overrides if img_size is None else {**overrides, 'img_size': img_size}),
     )
     if checkpoint_path:
         load_checkpoint(model, checkpoint_path)
@@ -252,6 +260,15 @@ def constructor_arguments(name: str) -> dict[str, inspect.Parameter]:
     if base not in _ENTRIES and is_model(base):
         return {**dict(inspect.signature(type(_timm_on_meta(name))).parameters), **common}
     return {**dict(inspect.signature(_entry(base).cls).parameters), **common}
+
+
+def model_class(name: str) -> type[Hierarchical]:
+    """The class that builds one of densezoo's own models.
+
+    Raises:
+        ValueError: no such name.
+    """
+    return _entry(name.partition('.')[0]).cls
 
 
 def _entry(name: str) -> Entry:

@@ -17,8 +17,9 @@ from timm.models import FeatureInfo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .layers.fold_norm import fold_into_next
 from .layers.grid import to_first
-from .layers.heads import build_head
+from .layers.heads import HeadFactory, build_head
 from .layers.norm import NormFactory
 from .sizes import AnySize, FixedSize
 
@@ -36,10 +37,13 @@ class Hierarchical(nn.Module):
     strides: ClassVar[tuple[int, ...]] = (4, 8, 16, 32)
     min_dynamic_size: ClassVar[int] = 33  # smallest height and width of an export with dynamic sizes
     new_in_dense: ClassVar[tuple[str, ...]] = ('output_norms.',)  # keys that classifier weights lack
+    # prefixes of the authors' keys that are this model's though they lie beside those that start with 'backbone.'
+    beside_backbone: ClassVar[tuple[str, ...]] = ()
     classifier_keys: ClassVar[tuple[str, ...]] = ('norm.', 'head.')  # keys that the dense form lacks
     # arguments of a small copy, for tests and dry runs
     reduced: ClassVar[dict[str, Any]] = {'depths': (1, 1, 2, 1), 'dims': (32, 64, 96, 128)}
-    init = 'published'  # of new weights, see `init_weights`
+    same_maps_in_dense = True  # the dense form's raw maps are the classifier's
+    has_golden: ClassVar[bool] = True  # the authors published code, whose outputs were recorded
     norm_first = False  # the classifier's norm acts on the map, before pooling
 
     default_cfg: dict[str, Any]
@@ -54,7 +58,7 @@ class Hierarchical(nn.Module):
         stages: Sequence[Stage],
         output_norm: NormFactory | None,
         norm: NormFactory,
-        head: str,
+        head: str | HeadFactory,
         in_chans: int,
         num_classes: int,
         drop_rate: float,
@@ -69,7 +73,7 @@ class Hierarchical(nn.Module):
             stages: the blocks of each stage.
             output_norm: makes the norm of each output map in dense form; None returns raw maps.
             norm: makes the classifier's norm.
-            head: 'linear' or 'mlp'.
+            head: 'linear', 'mlp', or what makes the family's own (see `layers.heads`).
             in_chans: channels of the image.
             num_classes: classes of the classifier; 0 returns pooled features.
             drop_rate: dropout before the classifier's last layer.
@@ -207,7 +211,7 @@ class Hierarchical(nn.Module):
     @property
     def classifier(self) -> str:
         """Name of the last layer of the classifier."""
-        return 'head.fc2' if self.head_kind == 'mlp' else 'head'
+        return f'head.{self.head.last}'.removesuffix('.')
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the blocks' inputs while training and compute the rest again in the backward pass."""
@@ -227,20 +231,34 @@ class Hierarchical(nn.Module):
         return set()
 
     def init_weights(self, module: nn.Module) -> None:
-        """Initialises one module; families apply it to all of theirs.
-
-        'published': truncated normal with deviation 0.02, whatever the width. 'fan_in': deviation fan_in ** -0.5, which
-        keeps the scale of the signal in narrow networks; short trainings from scratch start at once.
-        """
+        """Initialises one module, truncated normal with deviation 0.02; families apply theirs to all modules."""
         if isinstance(module, nn.Linear | nn.Conv2d):
-            std = 0.02 if self.init == 'published' else module.weight[0].numel() ** -0.5
-            nn.init.trunc_normal_(module.weight, std=std)
+            nn.init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+    def for_deploy(self) -> nn.Module:
+        """The same model in evaluation mode, with a classifier's norm that is affine inside its last layer.
+
+        Pooling is a mean, so either order of the two gives the same.
+        """
+        if not self.features_only:
+            self.norm = fold_into_next(self.norm, self.head)
+        return self
 
     @classmethod
     def convert(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A state dict under our names from one under the authors' names; ours pass unchanged."""
+        return state
+
+    def resample(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same with what was made for another image size resized for this model.
+
+        Modules that hold such tables do it by a method `resample(state, prefix)`, in place, for their own keys.
+        """
+        for name, module in self.named_modules():
+            if module is not self and hasattr(module, 'resample'):
+                module.resample(state, f'{name}.')  # type: ignore[operator]
         return state
 
     def _set_head(self, num_classes: int) -> None:

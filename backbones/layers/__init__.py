@@ -3,27 +3,36 @@
 from .block import MetaFormerBlock
 from .downsample import ConvDownsample
 from .mixers import MIXERS, Attention, IdentityMixer, PoolMixer, RandomMixer, SepConv, build_mixer, mixer
-from .mlp import ACTIVATIONS, Mlp, SquaredReLU, StarReLU
-from .norm import NORMS, JointNorm, LayerNorm, norm_factory
+from .mlp import ACTIVATIONS, ConvMlp, Mlp, SquaredReLU, StarReLU
+from .norm import NORMS, BatchNorm, JointNorm, LayerNorm, norm_factory
+from .relative_position import RelativePositionBias
+from .rep_norm import PRepBN, RepBN
 from .scale import Scale, drop_path_schedule
+from .unified_norm import UnifiedNorm
 
 __all__ = [
     'ACTIVATIONS',
     'MIXERS',
     'NORMS',
     'Attention',
+    'BatchNorm',
     'ConvDownsample',
+    'ConvMlp',
     'IdentityMixer',
     'JointNorm',
     'LayerNorm',
     'MetaFormerBlock',
     'Mlp',
+    'PRepBN',
     'PoolMixer',
     'RandomMixer',
+    'RelativePositionBias',
+    'RepBN',
     'Scale',
     'SepConv',
     'SquaredReLU',
     'StarReLU',
+    'UnifiedNorm',
     'build_mixer',
     'drop_path_schedule',
     'mixer',

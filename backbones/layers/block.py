@@ -4,8 +4,9 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from .fold_norm import fold_into_next
 from .norm import NormFactory
-from .scale import Scale
+from .scale import Scale, fold_scale
 
 
 class MetaFormerBlock(nn.Module):
@@ -46,6 +47,15 @@ class MetaFormerBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self._add(x, self.token_mixer(self.norm1(x)), self.res_scale1, self.layer_scale1)
         return self._add(x, self.mlp(self.norm2(x)), self.res_scale2, self.layer_scale2)
+
+    def for_deploy(self) -> nn.Module:
+        """The same block in evaluation mode: layer scales inside the last linear layers of their branches, norms that
+        are affine inside the first."""
+        self.norm1 = fold_into_next(self.norm1, self.token_mixer)
+        self.norm2 = fold_into_next(self.norm2, self.mlp)
+        self.layer_scale1 = fold_scale(self.token_mixer, self.layer_scale1)
+        self.layer_scale2 = fold_scale(self.mlp, self.layer_scale2)
+        return self
 
     def _add(self, x: Tensor, branch: Tensor, res_scale: Scale | None, layer_scale: Scale | None) -> Tensor:
         branch = self.drop_path(branch)

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from .fold_norm import fold_into_previous
 from .grid import pad_bottom_right, to_first, to_last
 from .norm import NormFactory
 
@@ -41,3 +42,8 @@ class ConvDownsample(nn.Module):
         if self.drops_border:
             x = pad_bottom_right(x, self.stride)
         return self.post_norm(to_last(self.conv(x)))
+
+    def for_deploy(self) -> nn.Module:
+        """The same layer in evaluation mode, with a norm that is affine inside the convolution before it."""
+        self.post_norm = fold_into_previous(self.conv, self.post_norm)
+        return self

@@ -1,5 +1,8 @@
 """Classifier heads of the families: from pooled features (B, C) to logits (B, K)."""
 
+from collections.abc import Callable
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -9,6 +12,8 @@ from .mlp import SquaredReLU
 
 class LinearHead(nn.Linear):
     """Dropout and one linear layer."""
+
+    last: ClassVar[str] = ''  # path of the last layer within the head
 
     def __init__(self, dim: int, num_classes: int, drop_rate: float):
         super().__init__(dim, num_classes)
@@ -21,6 +26,8 @@ class LinearHead(nn.Linear):
 
 class MlpHead(nn.Module):
     """Widen, squared ReLU, LayerNorm, dropout, linear. MetaFormer Baselines, arXiv 2210.13452."""
+
+    last: ClassVar[str] = 'fc2'
 
     def __init__(self, dim: int, num_classes: int, drop_rate: float, ratio: int = 4):
         super().__init__()
@@ -39,6 +46,8 @@ class MlpHead(nn.Module):
 class NoHead(nn.Module):
     """Returns the pooled features."""
 
+    last: ClassVar[str] = ''
+
     def __init__(self, dim: int):
         super().__init__()
         self.hidden_size = dim
@@ -47,9 +56,13 @@ class NoHead(nn.Module):
         return x
 
 
-def build_head(kind: str, dim: int, num_classes: int, drop_rate: float) -> LinearHead | MlpHead | NoHead:
-    """The head `kind` ('linear' or 'mlp'); for 0 classes one that returns the features."""
+# makes a family's own head from dim, num_classes and drop_rate: a module with `last`, `hidden_size` and pre_logits=
+HeadFactory = Callable[[int, int, float], nn.Module]
+
+
+def build_head(kind: str | HeadFactory, dim: int, num_classes: int, drop_rate: float) -> nn.Module:
+    """The head `kind` ('linear', 'mlp' or a family's own); for 0 classes one that returns the features."""
     if num_classes == 0:
         return NoHead(dim)
-    heads: dict[str, type[LinearHead] | type[MlpHead]] = {'linear': LinearHead, 'mlp': MlpHead}
-    return choose('head', kind, heads)(dim, num_classes, drop_rate)
+    heads: dict[str, HeadFactory] = {'linear': LinearHead, 'mlp': MlpHead}
+    return (choose('head', kind, heads) if isinstance(kind, str) else kind)(dim, num_classes, drop_rate)

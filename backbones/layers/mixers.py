@@ -5,7 +5,7 @@ A mixer takes `dim` and keyword options; one whose parameters depend on the size
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -104,6 +104,8 @@ class RandomMixer(nn.Module):
 class SepConv(nn.Module):
     """Inverted separable convolution: widen, activate, depthwise convolution, narrow. ConvFormer, arXiv 2210.13452."""
 
+    last_linear: ClassVar[str] = 'pwconv2'
+
     def __init__(
         self, *, dim: int, expansion: float = 2.0, kernel: int = 7, act: str = 'star_relu', bias: bool = False
     ):
@@ -122,6 +124,9 @@ class SepConv(nn.Module):
 @mixer('attention')
 class Attention(nn.Module):
     """Self-attention between all positions, without position encoding; dim // head_dim heads, at least one."""
+
+    first_linears: ClassVar[tuple[str, ...]] = ('qkv',)
+    last_linear: ClassVar[str] = 'proj'
 
     def __init__(self, *, dim: int, head_dim: int = 32, bias: bool = False):
         super().__init__()

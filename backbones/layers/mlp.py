@@ -1,11 +1,14 @@
 """Channel MLPs and the activations of the MetaFormer families, on (..., C) tensors."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .grid import to_first
 from .lookup import choose
 
 
@@ -33,14 +36,20 @@ class SquaredReLU(nn.Module):
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     'gelu': nn.GELU,
+    'gelu_tanh': partial(nn.GELU, approximate='tanh'),
     'relu': nn.ReLU,
     'star_relu': StarReLU,
     'squared_relu': SquaredReLU,
+    'hardswish': nn.Hardswish,
+    'silu': nn.SiLU,
 }
 
 
 class Mlp(nn.Module):
     """Linear, activation, linear on the last dimension."""
+
+    first_linears: ClassVar[tuple[str, ...]] = ('fc1',)
+    last_linear: ClassVar[str] = 'fc2'
 
     def __init__(self, *, dim: int, ratio: float = 4.0, act: str = 'gelu', bias: bool = True):
         super().__init__()
@@ -51,3 +60,27 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
+
+
+class ConvMlp(nn.Module):
+    """Linear, 3x3 depthwise convolution, activation, linear on (B, H, W, C). PVTv2, arXiv 2106.13797.
+
+    Args:
+        extra_act: a ReLU before the convolution, as PVTv2's linear attention variants have it.
+    """
+
+    first_linears: ClassVar[tuple[str, ...]] = ('fc1',)
+    last_linear: ClassVar[str] = 'fc2'
+
+    def __init__(self, *, dim: int, ratio: float = 4.0, act: str = 'gelu', extra_act: bool = False):
+        super().__init__()
+        hidden = int(dim * ratio)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.extra_act = nn.ReLU(inplace=True) if extra_act else nn.Identity()
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.act = choose('act', act, ACTIVATIONS)()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.extra_act(self.fc1(x))
+        return self.fc2(self.act(self.dwconv(to_first(x)).permute(0, 2, 3, 1)))

@@ -35,9 +35,18 @@ class JointNorm(nn.Module):
         return F.group_norm(x.permute(0, 3, 1, 2), 1, self.weight, self.bias, self.eps).permute(0, 2, 3, 1)
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """Over B, H and W of each channel of (B, H, W, C): nn.BatchNorm2d on the channels_last view."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
 NORMS: dict[str, NormFactory] = {
     'layer': LayerNorm,  # eps 1e-6
     'layer_no_bias': partial(LayerNorm, bias=False),
+    'layer_eps5': partial(LayerNorm, eps=1e-5),
+    'batch': BatchNorm,  # eps 1e-5
     'joint': JointNorm,  # eps 1e-5
     'joint_no_bias': partial(JointNorm, eps=1e-6, bias=False),
 }

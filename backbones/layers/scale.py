@@ -17,6 +17,22 @@ class Scale(nn.Module):
         return x * self.scale
 
 
+def fold_scale(branch: nn.Module, scale: Scale | None) -> Scale | None:
+    """Multiplies the output of `branch` by `scale` for good, where its class names the linear layer it ends with.
+
+    Such a class has `last_linear`, the layer's name. Returns what is left to multiply by: None, or the scale itself.
+    """
+    name = getattr(branch, 'last_linear', None)
+    if scale is None or name is None:
+        return scale
+    linear = branch.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    linear.weight.data = linear.weight.data * scale.scale.data[:, None]
+    if linear.bias is not None:
+        linear.bias.data = linear.bias.data * scale.scale.data
+    return None
+
+
 def drop_path_schedule(depths: Sequence[int], rate: float) -> list[list[float]]:
     """Stochastic depth that rises linearly from 0 at the first block to `rate` at the last one, per stage."""
     total = sum(depths)

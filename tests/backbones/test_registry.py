@@ -66,7 +66,7 @@ def test_unknown_names(name, hint):
             TypeError,
             "mixer 'pool' has no option 'size'; did you mean pool_size",
         ),
-        ({'norm': 'batch'}, ValueError, "norm must be one of .*got 'batch'"),
+        ({'norm': 'bach'}, ValueError, "norm must be one of .*got 'bach'"),
         (
             {'features_only': True, 'out_indices': (0, 4)},
             ValueError,
