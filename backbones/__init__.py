@@ -1,6 +1,28 @@
 """Backbones: image -> feature pyramid or logits. `create_model(name)` is the door, `list_models()` lists the names."""
 
-from . import metaformer, poolformer
+from . import (
+    crossformer,
+    cswin,
+    davit,
+    efficientvit,
+    fmvit,
+    gfnet,
+    hornet,
+    hyena,
+    lit,
+    litv2,
+    mano,
+    metaformer,
+    poolformer,
+    pvt,
+    pvt_v2,
+    slab,
+    slab_models,
+    spectformer,
+    swin,
+    tiny_vit,
+    twins,
+)
 from .checkpoint import load_checkpoint
 from .registry import create_model, list_models
 from .sizes import AnySize, FixedSize, Resampled
@@ -10,8 +32,27 @@ __all__ = [
     'FixedSize',
     'Resampled',
     'create_model',
+    'crossformer',
+    'cswin',
+    'davit',
+    'efficientvit',
+    'fmvit',
+    'gfnet',
+    'hornet',
+    'hyena',
     'list_models',
+    'lit',
+    'litv2',
     'load_checkpoint',
+    'mano',
     'metaformer',
     'poolformer',
+    'pvt',
+    'pvt_v2',
+    'slab',
+    'slab_models',
+    'spectformer',
+    'swin',
+    'tiny_vit',
+    'twins',
 ]

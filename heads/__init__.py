@@ -6,6 +6,7 @@ tensors), `loss(features, targets)` (a dict of scalars; keys that start with `lo
 """
 
 from .classification import LinearClassifier, OwnClassifier
+from .efficientvit_seg import EfficientViTSeg
 from .fcos import FCOS
 from .fpn import FPN
 from .maskrcnn import MaskRCNN
@@ -17,6 +18,7 @@ from .semantic_fpn import SemanticFPN
 __all__ = [
     'FCOS',
     'FPN',
+    'EfficientViTSeg',
     'FeatureInfo',
     'LinearClassifier',
     'MaskRCNN',

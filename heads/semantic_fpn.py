@@ -8,15 +8,13 @@ Differs: the cross-entropy is averaged over known pixels (average='all' is MMSeg
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .losses import lovasz_softmax, soft_dice
-from .pyramid import FeatureInfo, PyramidInfo, Size, check_sizes, choose, norm_layer, positive
+from .pyramid import FeatureInfo, norm_layer, positive
+from .segmentation import SegmentationHead, resize
 
 
 class ConvNormReLU(nn.Module):
@@ -33,23 +31,19 @@ class ConvNormReLU(nn.Module):
         return F.relu(self.bn(self.conv(x)))
 
 
-class SemanticFPN(nn.Module):
+class SemanticFPN(SegmentationHead):
     """Segmentation head on an FPN's maps (or on a backbone's own: widths may differ).
 
     Args:
         feature_info: channels and strides of the maps; each stride the first times a power of two.
         num_classes: K; class ids are 0..K-1.
         channels: width of the branches.
-        ignore_index: value of `mask` that is not scored (255, or any outside 0..K-1).
-        class_weight: K factors of the cross-entropy, for instance a light background. `loss` reads the buffer
-            `class_weight`, which may be changed during training.
-        dice_weight, lovasz_weight: factors of two region losses that thin or rare classes need; 0 leaves them out.
+        ignore_index, class_weight, dice_weight, lovasz_weight, average: of the loss, see `SegmentationHead`.
         dropout: channel dropout before the classifier.
         norm: 'batch' (published), 'group' or 'none'.
-        average: 'valid' divides the cross-entropy by the (weighted) known pixels, 'all' by all pixels.
+        sub_pixel: the classifier predicts r x r logits per position, so they are r times finer than the first map
+            (sub-pixel convolution, arXiv 1609.05158): for outlines thinner than its stride.
     """
-
-    class_weight: Tensor | None
 
     def __init__(
         self,
@@ -63,22 +57,18 @@ class SemanticFPN(nn.Module):
         lovasz_weight: float = 0.0,
         dropout: float = 0.1,
         norm: str = 'batch',
+        sub_pixel: int = 1,
         average: str = 'valid',
     ):
-        super().__init__()
-        self.inputs = PyramidInfo.of(feature_info)
-        self.num_classes = positive('num_classes', num_classes)
-        self.ignore_index = ignore_index
-        self.dice_weight = dice_weight
-        self.lovasz_weight = lovasz_weight
-        self.average = choose('average', average, ('valid', 'all'))
-        if 0 <= ignore_index < num_classes:
-            raise ValueError(f'ignore_index must not be a class id (0..{num_classes - 1}), got {ignore_index}')
-        if class_weight is not None and len(class_weight) != num_classes:
-            raise ValueError(f'class_weight needs num_classes={num_classes} entries, got {len(class_weight)}')
-        weight = None if class_weight is None else torch.tensor([float(w) for w in class_weight])
-        self.register_buffer('class_weight', weight, persistent=False)
-
+        super().__init__(
+            feature_info=feature_info,
+            num_classes=num_classes,
+            ignore_index=ignore_index,
+            class_weight=class_weight,
+            dice_weight=dice_weight,
+            lovasz_weight=lovasz_weight,
+            average=average,
+        )
         strides = self.inputs.reduction()
         self.scale_heads = nn.ModuleList()
         for width, stride in zip(self.inputs.channels(), strides):
@@ -92,74 +82,17 @@ class SemanticFPN(nn.Module):
                     layers.append(nn.Upsample(scale_factor=2, mode='bilinear', align_corners=False))
             self.scale_heads.append(nn.Sequential(*layers))
         self.dropout = nn.Dropout2d(dropout)
-        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
+        self.sub_pixel = positive('sub_pixel', sub_pixel)
+        self.conv_seg = nn.Conv2d(channels, num_classes * sub_pixel**2, 1)
         nn.init.normal_(self.conv_seg.weight, std=0.01)
         nn.init.zeros_(self.conv_seg.get_parameter('bias'))
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """List of maps -> logits (B, K, h, w) at the first map's size."""
+        """List of maps -> logits (B, K, h, w) at the first map's size, times `sub_pixel`."""
         self.inputs.check(features)
         total = self.scale_heads[0](features[0])
         size = total.shape[-2:]
         for head, x in zip(list(self.scale_heads)[1:], features[1:]):
             # Odd sizes: ceil at each stride makes the doubled map larger than the finest (7 -> 14 -> 28 -> 56 for 50).
-            total = total + _resize(head(x), size)
-        return self.conv_seg(self.dropout(total))
-
-    def loss(self, features: Sequence[Tensor], targets: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """{'loss_seg', 'loss_dice', 'loss_lovasz': as asked for, 'pixel_accuracy': of known pixels, logged only}."""
-        padded = self.inputs.padded_size(features)
-        logits = _resize(self(features), padded).float()
-        labels = self._gather_masks([t['mask'] for t in targets], padded, logits.device)
-        known = labels != self.ignore_index
-        weight = None if self.class_weight is None else self.class_weight.to(logits)
-        total = F.cross_entropy(logits, labels, weight, ignore_index=self.ignore_index, reduction='sum')
-        if self.average == 'all':
-            count = torch.tensor(float(labels.numel()), device=logits.device)
-        elif weight is None:
-            count = known.sum().float()
-        else:
-            count = (weight[labels.clamp(0, self.num_classes - 1)] * known).sum()
-        losses = {'loss_seg': total / count.clamp(min=1e-6)}
-        if self.dice_weight:
-            losses['loss_dice'] = self.dice_weight * soft_dice(logits, labels, known)
-        if self.lovasz_weight:
-            losses['loss_lovasz'] = self.lovasz_weight * lovasz_softmax(logits, labels, known)
-        with torch.no_grad():
-            losses['pixel_accuracy'] = ((logits.argmax(1) == labels) & known).sum() / known.sum().clamp(min=1)
-        return losses
-
-    def predict(
-        self, features: Sequence[Tensor], sizes: Sequence[Size], original_sizes: Sequence[Size] | None = None
-    ) -> list[dict[str, Tensor]]:
-        """One {'mask': (h, w) int64} per picture, of `original_sizes` where given, else of `sizes`."""
-        padded = self.inputs.padded_size(features)
-        check_sizes(sizes, len(features[0]), padded, original_sizes)
-        logits = _resize(self(features).float(), padded)
-        results = []
-        for i, (height, width) in enumerate(sizes):
-            valid = logits[i : i + 1, :, :height, :width]
-            if original_sizes is not None:
-                valid = _resize(valid, tuple(original_sizes[i]))
-            results.append({'mask': valid[0].argmax(0)})
-        return results
-
-    def _gather_masks(self, masks: Sequence[Tensor], padded: Size, device: torch.device) -> Tensor:
-        """Masks of a batch in one (B, H, W) int64 tensor, padded with ignore_index; ValueError for impossible ones."""
-        batch = torch.full((len(masks), *padded), self.ignore_index, dtype=torch.int64, device=device)
-        for i, mask in enumerate(masks):
-            height, width = mask.shape
-            if height > padded[0] or width > padded[1]:
-                raise ValueError(f'mask must not be larger than the padded batch {padded}, got {(height, width)}')
-            batch[i, :height, :width] = mask
-        wrong = (batch != self.ignore_index) & ((batch < 0) | (batch >= self.num_classes))
-        if wrong.any():
-            raise ValueError(
-                f'mask values must be 0..{self.num_classes - 1} or ignore_index={self.ignore_index}, '
-                f'got {int(batch[wrong][0])}'
-            )
-        return batch
-
-
-def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    return x if x.shape[-2:] == torch.Size(size) else F.interpolate(x, size=size, mode='bilinear', align_corners=False)
+            total = total + resize(head(x), size)
+        return F.pixel_shuffle(self.conv_seg(self.dropout(total)), self.sub_pixel)

@@ -1,6 +1,8 @@
 """Measure ours against a peer, side by side in one run: `python tools/benchmark.py WHAT`, or `densezoo benchmark WHAT`.
 
 python tools/benchmark.py backbones --models poolformer_s12 caformer_s18    # against timm
+python tools/benchmark.py window                                            # shifted windows against timm's
+python tools/benchmark.py hilo --authors LITv2                             # against attention of the same width
 python tools/benchmark.py loop                                              # against a bare PyTorch loop
 python tools/benchmark.py pipeline --workers 2                              # against torchvision's reference pipeline
 python tools/benchmark.py peers --tasks detection                           # metrics against a torchvision backbone
@@ -13,6 +15,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from statistics import geometric_mean
 from typing import Any
 
 from densezoo.tools.common import report_errors
@@ -24,10 +27,19 @@ def parser() -> argparse.ArgumentParser:
     what = arguments.add_subparsers(dest='what', required=True)
     backbones = what.add_parser('backbones', help='forward passes against timm')
     backbones.add_argument('--models', nargs='+', help='model names (default: one of each family)')
-    backbones.add_argument('--batch', type=int, default=4)
+    backbones.add_argument('--batch', type=int, default=8)
     backbones.add_argument('--size', type=int, default=224)
     backbones.add_argument('--repeats', type=int, default=8)
     backbones.add_argument('--device', default='cpu')
+    window = what.add_parser('window', help="shifted-window attention against timm's")
+    window.add_argument('--batch', type=int, default=8)
+    window.add_argument('--stages', type=int, nargs='+', choices=(1, 2, 3, 4), help='stages of Swin-T (default: all)')
+    window.add_argument('--size', type=int, nargs=2, action='append', dest='sizes', metavar=('HEIGHT', 'WIDTH'))
+    window.add_argument('--repeats', type=int, default=8)
+    window.add_argument('--device', default='cpu')
+    hilo = what.add_parser('hilo', help='HiLo attention against spatial-reduction and window attention, one core')
+    hilo.add_argument('--repeats', type=int, default=200)
+    hilo.add_argument('--authors', metavar='DIR', help="a checkout of the authors' repository, to compare with too")
     loop = what.add_parser('loop', help='training iterations against a bare PyTorch loop')
     loop.add_argument('--config', default='quickstart/classification')
     loop.add_argument('--iterations', type=int, default=200)
@@ -50,6 +62,14 @@ def measure(options: dict[str, Any]) -> list[dict[str, Any]]:
         from densezoo.tools.benchmarks import backbones
 
         return [comparison.row() for comparison in backbones.run(**given)]
+    if what == 'window':
+        from densezoo.tools.benchmarks import window
+
+        return [comparison.row() for comparison in window.run(**given)]
+    if what == 'hilo':
+        from densezoo.tools.benchmarks import hilo
+
+        return [comparison.row() for comparison in hilo.run(**given)]
     if what == 'pipeline':
         from densezoo.tools.benchmarks import pipeline
 
@@ -67,13 +87,25 @@ def measure(options: dict[str, Any]) -> list[dict[str, Any]]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows as a Markdown table; times in milliseconds."""
-    if 'ratio' in rows[0]:
+    if rows[0].get('ours_bytes') is not None:
+        lines = [
+            '| what | ours, ms | peer, ms | peer | ratio | ours, MB | peer, MB |',
+            '|---|---:|---:|---|---:|---:|---:|',
+        ]
+        lines += [
+            f'| {row["name"]} | {row["ours"] * 1e3:.2f} | {row["peer"] * 1e3:.2f} | {row["peer_name"]} '
+            f'| {row["ratio"]:.2f} | {row["ours_bytes"] / 1e6:.1f} | {row["peer_bytes"] / 1e6:.1f} |'
+            for row in rows
+        ]
+    elif 'ratio' in rows[0]:
         lines = ['| what | ours, ms | peer, ms | peer | ratio |', '|---|---:|---:|---|---:|']
         lines += [
             f'| {row["name"]} | {row["ours"] * 1e3:.2f} | {row["peer"] * 1e3:.2f} | {row["peer_name"]} '
             f'| {row["ratio"]:.2f} |'
             for row in rows
         ]
+        if len(rows) > 1:
+            lines.append(f'| geometric mean | | | | {geometric_mean([row["ratio"] for row in rows]):.2f} |')
     else:
         lines = ['| task | metric | ours | peer | peer backbone | seconds |', '|---|---|---:|---:|---|---:|']
         lines += [

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from densezoo.backbones import create_model, list_models
+from densezoo.backbones import AnySize, FixedSize, Resampled, create_model, list_models
 from densezoo.tools.common import report_errors
 
 COLUMNS = {
@@ -27,7 +27,10 @@ COLUMNS = {
     'macs': 'MACs (G)',
     'top1': 'top-1 (%)',
     'images_per_second': 'images/s',
+    'pyramid': 'pyramid at',
+    'export': 'export',
     'licence': 'licence',
+    'paper': 'paper',
 }
 
 
@@ -41,7 +44,7 @@ def describe(name: str, *, size: int | None = None, dense: bool = False) -> dict
 
     Returns:
         name, size, params (1e6, frozen ones included), macs (1e9, of convolutions and matrix products, at `size`),
-        top1 (published, ImageNet-1k), licence.
+        top1 (published, ImageNet-1k), pyramid (the sizes it takes), export (what may vary), licence, paper.
     """
     with torch.device('meta'):
         model: Any = create_model(name, features_only=dense).eval()
@@ -53,8 +56,17 @@ def describe(name: str, *, size: int | None = None, dense: bool = False) -> dict
         'params': sum(p.numel() for p in model.parameters()) / 1e6,
         'macs': count_macs(model, image) / 1e9,
         'top1': model.metadata.get('top1'),
+        'pyramid': _sizes(model.sizes),
+        'export': 'batch, size' if model.sizes.dynamic else 'batch',
         'licence': model.metadata.get('licence'),
+        'paper': model.metadata.get('paper', '').rpartition('/')[2],
     }
+
+
+def _sizes(sizes: AnySize | FixedSize) -> str:
+    if isinstance(sizes, FixedSize):
+        return '{}x{}'.format(*sizes.height_width)
+    return 'any size, resampled' if isinstance(sizes, Resampled) else 'any size'
 
 
 def count_macs(model: nn.Module, image: torch.Tensor) -> float:
@@ -83,6 +95,8 @@ def measure(
 
 def as_text(rows: list[dict[str, Any]], markdown: bool = False) -> str:
     """A table with one column per key that any row has a value for."""
+    if markdown:
+        rows = [{**row, 'paper': f'[{row["paper"]}](https://arxiv.org/abs/{row["paper"]})'} for row in rows]
     keys = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
     cells = [[COLUMNS[key] for key in keys]] + [[_cell(row.get(key)) for key in keys] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(keys))]

@@ -1,78 +1,67 @@
 """Without this a backbone could drift from the published system: outputs, gradients, keys and parameter counts are
-compared with what the authors' own code gave for the same deterministic weights and images."""
+compared with what the authors' own code gave for the same deterministic weights and images.
 
-from functools import lru_cache
+Every golden of a registered name is found here, with the endings `__dense`, `__dense_det` and `__dense_seg` for dense
+forms. Fingerprints of single modules and of special settings are compared in the families' own test files, through
+`golden.run`.
+"""
 
+import math
+
+import golden
 import probe
 import pytest
 import torch
 
-from densezoo.backbones import create_model, list_models, load_checkpoint
+from densezoo.backbones import list_models
+from densezoo.backbones.registry import model_class
 
-NAMES = sorted(path.stem for path in probe.GOLDENS.glob('*.json') if path.stem.split('__')[0] in list_models())
-
-CASES = [
-    pytest.param(name, case['name'], id=f'{name}-{case["name"]}')
-    for name in NAMES
-    for case in probe.load(name)['cases']
-]
-
-
-@lru_cache(1)
-def build(name):
-    """The model with the recorded weights, dense where the recorded outputs are pyramids of the authors' dense form."""
-    model = create_model(name.split('__')[0], features_only='__dense' in name).eval()
-    return load_checkpoint(model, probe.golden_state(probe.load(name)))
+# file names of whole models; a golden that ends otherwise belongs to its family's tests
+NAMES = sorted(
+    path.stem
+    for path in probe.GOLDENS.glob('*.json')
+    if golden.registered_name(path.stem) in list_models() and golden.ending(path.stem) in golden.FORMS
+)
 
 
-def test_goldens_of_every_family_are_here():
-    assert {name.split('_')[0] for name in NAMES} >= {
-        'poolformer',
-        'identityformer',
-        'randformer',
-        'poolformerv2',
-        'convformer',
-        'caformer',
-    }
+def cases():
+    """One forward case of each golden by default, the gradients too; the rest is slow."""
+    for name in NAMES:
+        plain = 0
+        for case in probe.load(name)['cases']:
+            if not golden.is_plain(case) or (name, case['name']) in golden.SPOILT:
+                continue
+            gradient = case['name'].startswith('grad')
+            if gradient and golden.registered_name(name).split('_')[0] in golden.OWN_GRADIENTS:
+                continue
+            marks = [pytest.mark.slow] if not gradient and plain else []
+            plain += not gradient
+            yield pytest.param(name, case['name'], id=f'{name}-{case["name"]}', marks=marks)
+
+
+CASES = list(cases())
+
+
+def test_every_family_has_a_golden():
+    """Families without any published code declare it."""
+    families = {name.split('_')[0] for name in list_models()}
+    classes = {name.split('_')[0]: model_class(name) for name in list_models()}
+    tested = {golden.registered_name(name).split('_')[0] for name in NAMES}
+    assert families - tested == {family for family, cls in classes.items() if not cls.has_golden}
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_parameters(name):
-    golden = probe.load(name)
     with torch.device('meta'):
-        model = create_model(name.split('__')[0], features_only='__dense' in name)
-    assert sum(p.numel() for p in model.parameters()) == golden['params']
+        model = golden.create(name)
+    recorded = probe.load(name)
+    ours = model.convert({key: key for key in recorded['state_dict']}) if model.features_only else {}
+    unused = [theirs for key, theirs in ours.items() if key.startswith(model.classifier_keys)]  # kept by some authors
+    expected = recorded['params'] - sum(math.prod(recorded['state_dict'][key]) for key in unused)
+    assert sum(p.numel() for p in model.parameters()) == expected
 
 
 @pytest.mark.parametrize(('name', 'case_name'), CASES)
 def test_outputs(name, case_name):
-    golden = probe.load(name)
-    case = next(case for case in golden['cases'] if case['name'] == case_name)
-    model = build(name)
-    model.zero_grad(set_to_none=True)
-    x = probe.image(case['seed'], case['shape']).requires_grad_(case_name.startswith('grad'))
-    if case_name.startswith('grad'):
-        loss = model(x).square().mean()
-        loss.backward()
-        names = model.convert({key: key for key in golden['state_dict']})  # ours for the authors' names
-        ours_of = {theirs: ours for ours, theirs in names.items()}
-        parameters = dict(model.named_parameters())
-        outputs = {'loss': loss, 'grad_input': x.grad}
-        for key in case['outputs'].keys() - outputs.keys():
-            outputs[key] = parameters[ours_of[key.removeprefix('grad_')]].grad.reshape(case['outputs'][key]['shape'])
-        relative, noise_name = 1e-3, 'fp32_vs_fp64_maxdiff_over_absmax'
-    else:
-        with torch.no_grad():
-            if 'logits' in case['outputs']:
-                outputs = {'logits': model(x)}
-            else:
-                maps = model(x) if model.features_only else model.forward_intermediates(x, intermediates_only=True)
-                outputs = dict(zip(('c2', 'c3', 'c4', 'c5'), maps, strict=True))
-        relative, noise_name = 1e-4, 'fp32_vs_fp64_maxdiff_over_std'
-    assert outputs.keys() == case['outputs'].keys()
-    for key, stored in case['outputs'].items():
-        if not isinstance(stored, dict):
-            assert outputs[key].item() == pytest.approx(stored, rel=1e-3)
-            continue
-        scale = stored['absmax' if 'absmax' in noise_name else 'std']
-        probe.compare(outputs[key], stored, case.get(noise_name, {}).get(key, 0.0) * scale, relative)
+    recorded = probe.load(name)
+    golden.run(golden.build(name), recorded, golden.case(recorded, case_name))

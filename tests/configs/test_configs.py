@@ -8,6 +8,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
+from densezoo.backbones import create_model
 from densezoo.train.config import check_arguments, config_names, find_config, load_config
 
 NAMES = config_names()
@@ -84,7 +85,8 @@ def batch_for(size: int) -> dict:
 def test_a_reduced_copy_takes_one_step(name):
     config = load_config(name)
     config.model.backbone.pop('pretrained', None)
-    config.model.backbone.update(dims=(8, 16, 24, 32), depths=(1, 1, 1, 1))
+    with torch.device('meta'):
+        config.model.backbone.update(type(create_model(config.model.backbone.name)).reduced)
     model = MODELS.build(config.model).train()
     fixed = getattr(model.backbone.sizes, 'height_width', None)
     batch = model.data_preprocessor(batch_for(fixed[0] if fixed else 64), True)

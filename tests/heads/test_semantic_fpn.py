@@ -68,6 +68,21 @@ def test_perfect_logits_cost_nothing_and_come_back():
     assert shapes == [(101, 133), (62, 7)]
 
 
+def test_sub_pixel_logits_know_where_they_lie():
+    """Channel k * 4 + 2 * row + column of the classifier is class k at that quarter of the position."""
+    head, features = build(sub_pixel=2), maps()
+    with torch.no_grad():
+        head.conv_seg.weight.zero_()
+        head.conv_seg.bias.copy_(torch.arange(16.0))
+    logits = head(features)
+    assert logits.shape == (2, 4, 26, 34)
+    for k in range(4):
+        assert logits[0, k, :2, :2].tolist() == [[4 * k, 4 * k + 1], [4 * k + 2, 4 * k + 3]]
+    assert [tuple(r['mask'].shape) for r in head.predict(features, [(50, 66), (31, 20)])] == [(50, 66), (31, 20)]
+    with pytest.raises(ValueError, match='sub_pixel'):
+        build(sub_pixel=0)
+
+
 def test_class_weight_and_average():
     features, targets = maps(), [{'mask': mask(seed=i)} for i in range(2)]
     logits = build()(features)
@@ -123,7 +138,6 @@ def test_region_losses_are_their_measures_at_hard_predictions():
             r'the first times a power of two, got \[4, 12\]',
         ),
     ],
-    ids=str,
 )
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):

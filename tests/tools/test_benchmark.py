@@ -4,8 +4,10 @@ theirs is asserted anywhere, since a timed test would fail on a busy machine."""
 import json
 
 import pytest
+import torch
 
 from densezoo.tools.benchmark import main
+from densezoo.tools.benchmarks import window
 from densezoo.tools.benchmarks.timing import Comparison, compare
 
 
@@ -21,6 +23,7 @@ def test_compare_takes_the_minimum_of_each_side_in_turn():
     ('what', 'options', 'peer'),
     [
         ('backbones', ['--models', 'poolformer_s12', '--batch', '1', '--size', '64', '--repeats', '1'], 'timm'),
+        ('window', ['--batch', '1', '--size', '64', '72', '--stages', '2', '3', '--repeats', '1'], 'timm'),
         ('loop', ['--iterations', '20'], 'bare loop'),
         ('pipeline', ['--workers', '0', '--batches', '2'], 'torchvision reference'),
         ('pipeline', ['--workers', '0', '--batches', '2', '--masks'], 'torchvision reference'),
@@ -31,6 +34,22 @@ def test_speed_benchmarks_print_both_sides(capsys, what, options, peer):
     printed = capsys.readouterr().out
     rows = json.loads(printed[printed.index('[\n') :])
     assert rows and all(row['ours'] > 0 and row['peer'] > 0 and row['peer_name'] == peer for row in rows)
+
+
+@pytest.mark.parametrize('shift', [0, 3])
+def test_both_sides_of_the_window_benchmark_compute_the_same(shift):
+    ours, peer = window.pair(64, (14, 21), shift)
+    x = torch.randn(2, 14, 21, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), peer._attn(x), rtol=0, atol=1e-5)
+
+
+def test_peak_counts_what_is_held_at_once():
+    def call():
+        for _ in range(3):
+            torch.empty(1000).add_(torch.empty(1000))
+
+    assert 8000 <= window.peak(call) < 12000
 
 
 @pytest.mark.parametrize('task', ['classification', 'detection'])

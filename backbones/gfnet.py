@@ -1,0 +1,203 @@
+"""GFNet, the hierarchical models: Global Filter Networks for Image Classification, arXiv 2107.00645.
+
+Written from the paper and the facts of the authors' code, https://github.com/raoyongming/GFNet (MIT). Differs: other
+sizes than the one that filters and positions were made for are taken, by the interpolation that the authors use for
+fine-tuning at another size; sizes that strides do not divide are padded. The authors published no dense form: ours
+returns the stages' raw maps, or normalises them by `output_norm`.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from ..kernels import global_filter, resample_filter
+from .layers import ConvDownsample, Mlp, Scale, drop_path_schedule, mixer, norm_factory
+from .layers.grid import ceil_div, to_last
+from .registry import register, weights
+from .sizes import Resampled
+from .skeleton import Hierarchical, check_stages, rename
+
+
+# B batch, C channels, H W size of the current stage
+@mixer('global_filter')
+class GlobalFilter(nn.Module):
+    """Each channel times learned complex weights in the frequencies of the map.
+
+    Args:
+        grid: (H, W) of the map that the weights are made for, 14 x 14 if None; for others they are resampled.
+    """
+
+    def __init__(self, *, dim: int, grid: tuple[int, int] | None = None):
+        super().__init__()
+        height, width = grid or (14, 14)
+        self.complex_weight = nn.Parameter(torch.randn(height, width // 2 + 1, dim, 2) * 0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return global_filter(x, resample_filter(self.complex_weight, x.shape[1], x.shape[2]))
+
+    def extra_repr(self) -> str:
+        height, frequencies, dim, _ = self.complex_weight.shape
+        return f'dim={dim}, frequencies=({height}, {frequencies})'
+
+
+class GFNetBlock(nn.Module):
+    """Norm, global filter, norm and MLP in one residual branch: none is around the filter alone."""
+
+    def __init__(
+        self, *, dim: int, grid: tuple[int, int], mlp_ratio: float, layer_scale: float | None, drop_path: float
+    ):
+        super().__init__()
+        norm = norm_factory('layer')
+        self.norm1 = norm(dim)
+        self.filter = GlobalFilter(dim=dim, grid=grid)
+        self.norm2 = norm(dim)
+        self.mlp = Mlp(dim=dim, ratio=mlp_ratio)
+        self.drop_path = DropPath(drop_path)
+        self.layer_scale = Scale(dim, init=layer_scale) if layer_scale is not None else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.drop_path(self.mlp(self.norm2(self.filter(self.norm1(x)))))
+        return x + branch if self.layer_scale is None else torch.addcmul(x, branch, self.layer_scale.scale)
+
+
+class PositionedStem(ConvDownsample):
+    """Patches of 4 x 4 pixels plus a table of positions, (1, H * W, C), resampled bicubically for other sizes."""
+
+    def __init__(self, in_chans: int, dim: int, *, grid: tuple[int, int]):
+        super().__init__(in_chans, dim, kernel=4, stride=4, padding=0, image=True)
+        self.grid = grid
+        self.pos_embed = nn.Parameter(torch.zeros(1, grid[0] * grid[1], dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        height, width = x.shape[1:3]
+        table = self.pos_embed.reshape(1, *self.grid, -1)
+        if not (isinstance(height, int) and isinstance(width, int) and (height, width) == self.grid):
+            table = to_last(F.interpolate(table.permute(0, 3, 1, 2), size=(height, width), mode='bicubic'))
+        return x + table[0]
+
+
+class GFNet(Hierarchical):
+    """Blocks of global filters and MLPs, without norms between stages.
+
+    Args:
+        depths, dims: blocks and channels of each stage.
+        mlp_ratio: width of the MLPs over that of the stage.
+        layer_scale: start value of the branches' learnable scales; None leaves them out.
+        output_norm: normalisation of the dense form's maps, by name; None returns the stages' raw maps.
+        img_size: height and width that filters and positions are made for, 224 if None.
+        The others: see `Hierarchical.assemble`.
+    """
+
+    sizes = Resampled(how='filters between frequencies and positions bicubically, as the authors fine-tune')
+    norm_first = True
+
+    def __init__(
+        self,
+        *,
+        depths: Sequence[int] = (3, 3, 10, 3),
+        dims: Sequence[int] = (64, 128, 256, 512),
+        mlp_ratio: float = 4.0,
+        layer_scale: float | None = 1e-3,
+        output_norm: str | None = None,
+        drop_path_rate: float = 0.0,
+        drop_rate: float = 0.0,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        img_size: int | tuple[int, int] | None = None,
+        features_only: bool = False,
+        out_indices: int | Sequence[int] = (0, 1, 2, 3),
+    ):
+        super().__init__()
+        depths, dims = check_stages(depths, dims)
+        size = img_size if img_size is not None else 224
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        grids = [(ceil_div(height, stride), ceil_div(width, stride)) for stride in self.strides]
+        stages = [
+            [
+                GFNetBlock(dim=dim, grid=grid, mlp_ratio=mlp_ratio, layer_scale=layer_scale, drop_path=rate)
+                for rate in rates
+            ]
+            for dim, grid, rates in zip(dims, grids, drop_path_schedule(depths, drop_path_rate))
+        ]
+        self.assemble(
+            dims=dims,
+            downsamplings=[
+                PositionedStem(in_chans, dims[0], grid=grids[0]),
+                *(ConvDownsample(a, b, kernel=2, stride=2, padding=0) for a, b in itertools.pairwise(dims)),
+            ],
+            stages=stages,
+            output_norm=norm_factory(output_norm) if output_norm else None,
+            norm=norm_factory('layer'),
+            head='linear',
+            in_chans=in_chans,
+            num_classes=num_classes,
+            drop_rate=drop_rate,
+            features_only=features_only,
+            out_indices=out_indices,
+        )
+        self.apply(self.init_weights)
+
+    def init_weights(self, module: nn.Module) -> None:
+        """Linear layers and positions as the authors'; convolutions keep PyTorch's own initialisation."""
+        if isinstance(module, nn.Linear):
+            super().init_weights(module)
+        elif isinstance(module, PositionedStem):
+            nn.init.trunc_normal_(module.pos_embed, std=0.02)
+
+    def no_weight_decay(self) -> set[str]:
+        return {'downsample_layers.0.pos_embed'}
+
+    @classmethod
+    def convert(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the authors' names."""
+        return rename(state, _RENAMES)
+
+
+_RENAMES = [
+    (r'pos_embed$', 'downsample_layers.0.pos_embed'),
+    (r'patch_embed\.(\d)\.proj\.', r'downsample_layers.\1.conv.'),
+    (r'blocks\.(\d+)\.(\d+)\.gamma$', r'stages.\1.\2.layer_scale.scale'),
+    (r'blocks\.', 'stages.'),
+]
+
+_CLOUD = 'https://cloud.tsinghua.edu.cn/f/{}/?dl=1'
+_PAPER: dict[str, Any] = {
+    'paper': 'https://arxiv.org/abs/2107.00645',
+    'origin': 'https://github.com/raoyongming/GFNet',
+    'licence': 'mit',
+    'crop_pct': 0.875,
+}
+
+register(
+    'gfnet_h_ti',
+    GFNet,
+    depths=(3, 3, 10, 3),
+    dims=(64, 128, 256, 512),
+    layer_scale=1e-3,
+    drop_path=0.1,
+    weights=[weights('in1k', _CLOUD.format('b22dd45eccbe462cbbfb'), top1=80.1, params=15, macs=2.0, **_PAPER)],
+)
+register(
+    'gfnet_h_s',
+    GFNet,
+    depths=(3, 3, 10, 3),
+    dims=(96, 192, 384, 768),
+    layer_scale=1e-5,
+    drop_path=0.2,
+    weights=[weights('in1k', _CLOUD.format('5229cb4d1daf48e69675'), top1=81.5, params=32, macs=4.5, **_PAPER)],
+)
+register(
+    'gfnet_h_b',
+    GFNet,
+    depths=(3, 3, 27, 3),
+    dims=(96, 192, 384, 768),
+    layer_scale=1e-6,
+    drop_path=0.4,
+    weights=[weights('in1k', _CLOUD.format('954c5af21e824ba6b40c'), top1=82.9, params=54, macs=8.4, **_PAPER)],
+)

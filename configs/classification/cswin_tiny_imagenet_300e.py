@@ -1,0 +1,23 @@
+"""CSWin-T on ImageNet-1k: the authors' recipe (8 GPUs of 256 images, AdamW 2e-3), without their averaged weights."""
+
+from mmengine.config import read_base
+
+from densezoo.backbones import create_model
+from densezoo.heads import OwnClassifier
+from densezoo.train import ImageClassifier, Preprocess
+
+with read_base():
+    from .._base_.imagenet_300e import *
+
+model = dict(
+    type=ImageClassifier,
+    backbone=dict(type=create_model, name='cswin_tiny', drop_path_rate=0.2),
+    head=dict(type=OwnClassifier, num_classes=1000, label_smoothing=0.1),
+    preprocess=dict(type=Preprocess, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375)),
+)
+train_dataloader.update(batch_size=256)
+optim_wrapper['optimizer'].update(lr=2e-3)
+param_scheduler[0].update(end=20)
+param_scheduler[1].update(begin=20, T_max=epochs - 20)
+
+# published: 82.8 top-1; not trained here

@@ -1,0 +1,23 @@
+"""LITv2-S on ImageNet-1k: the authors' recipe (8 GPUs of 128 images, AdamW 1e-3, 20 epochs of warm-up)."""
+
+from mmengine.config import read_base
+
+from densezoo.backbones import create_model
+from densezoo.heads import OwnClassifier
+from densezoo.train import ImageClassifier, Preprocess
+
+with read_base():
+    from .._base_.imagenet_300e import *
+
+model = dict(
+    type=ImageClassifier,
+    backbone=dict(type=create_model, name='litv2_s', drop_path_rate=0.2),
+    head=dict(type=OwnClassifier, num_classes=1000, label_smoothing=0.1),
+    preprocess=dict(type=Preprocess, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375)),
+)
+val_dataloader['dataset']['transforms'][0].update(size=256)  # 224 / 0.875
+warmup_epochs = 20
+param_scheduler[0].update(end=warmup_epochs)
+param_scheduler[1].update(begin=warmup_epochs, T_max=epochs - warmup_epochs)
+
+# published: 82.0 top-1; not trained here

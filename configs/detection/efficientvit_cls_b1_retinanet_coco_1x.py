@@ -1,0 +1,10 @@
+"""RetinaNet on EfficientViT-B1, COCO 1x: PoolFormer's recipe; the authors publish none."""
+
+from mmengine.config import read_base
+
+with read_base():
+    from .poolformer_s12_retinanet_coco_1x import *
+
+model['backbone'].update(name='efficientvit_cls_b1')
+
+# no published figure; not trained here
