@@ -3,7 +3,8 @@
 Groups follow timm's `param_groups_layer_decay` (itself from BEiT, arXiv 2106.08254): the backbone's `group_matcher()`
 orders its parameters into layers; a layer's learning rate is multiplied by `layer_decay ** (last - layer)`; what the
 matcher does not name, neck and head included, is the last layer and learns at the full rate. Parameters of one
-dimension and those in `no_weight_decay()` are not decayed.
+dimension and those in `no_weight_decay()` are not decayed; those that a part's `lr_scales()` names learn at a rate that
+is multiplied by its factor.
 """
 
 import difflib
@@ -53,6 +54,17 @@ def undecayed_names(task: nn.Module) -> list[str]:
     ]
 
 
+def learning_rate_scales(task: nn.Module) -> dict[str, float]:
+    """Patterns of parameters that learn at another rate, by the parts' own `lr_scales()`, and the factor."""
+    parts: list[tuple[str, Any]] = [('', task)] + [(name + '.', part) for name, part in task.named_children()]
+    return {
+        prefix + pattern: factor
+        for prefix, part in parts
+        if hasattr(part, 'lr_scales')
+        for pattern, factor in part.lr_scales().items()
+    }
+
+
 def parameter_groups(
     task: nn.Module,
     *,
@@ -67,31 +79,33 @@ def parameter_groups(
     Args:
         task: a Task, or a bare backbone.
         layer_decay: factor per layer, in (0, 1]; 1 leaves one learning rate.
-        min_scale: lower bound of the factors.
+        min_scale: lower bound of the factors of layers.
         decay_1d: also decay biases, norms and other parameters of one dimension.
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f'layer_decay must lie in (0, 1], got {layer_decay=}')
     ids = layer_ids(task) if layer_decay < 1 else {}
     last = max(ids.values(), default=0)
-    exempt = undecayed_names(task)
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    exempt, scales = undecayed_names(task), learning_rate_scales(task)
+    groups: dict[tuple[int, bool, float], dict[str, Any]] = {}
     for name, parameter in task.named_parameters():
         if not parameter.requires_grad:
             continue
         plain = (not decay_1d and parameter.ndim <= 1) or any(fnmatch.fnmatch(name, pattern) for pattern in exempt)
         layer = ids.get(name, last)
-        if (layer, plain) not in groups:
-            scale = max(min_scale, layer_decay ** (last - layer))
-            groups[layer, plain] = {
+        own = next((factor for pattern, factor in scales.items() if fnmatch.fnmatch(name, pattern)), 1.0)
+        key = layer, plain, own
+        if key not in groups:
+            scale = own * max(min_scale, layer_decay ** (last - layer))
+            groups[key] = {
                 'params': [],
                 'lr': lr * scale,
                 'weight_decay': 0.0 if plain else weight_decay,
                 'lr_scale': scale,
                 'names': [],
             }
-        groups[layer, plain]['params'].append(parameter)
-        groups[layer, plain]['names'].append(name)
+        groups[key]['params'].append(parameter)
+        groups[key]['names'].append(name)
     return list(groups.values())
 
 

@@ -4,42 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_tasks import SMALL, TASKS, classifier, segmentor
 from torch import Tensor, nn
 
 from densezoo.backbones import create_model
-from densezoo.heads import FCOS, FPN, LinearClassifier, OwnClassifier, SemanticFPN, UNetRestorer
-from densezoo.train import Detector, ImageClassifier, Preprocess, Restorer, Segmentor, Task
+from densezoo.heads import LinearClassifier
+from densezoo.train import ImageClassifier, Preprocess, Restorer, Task
 
-SMALL = {'name': 'poolformer_s12', 'depths': (1, 1, 1, 1), 'dims': (8, 16, 24, 32)}
-PYRAMID = {'type': create_model, 'features_only': True, **SMALL}
-PIXELS = {'type': Preprocess, 'mean': (120.0, 115.0, 105.0), 'std': (60.0, 55.0, 50.0), 'divisor': 32}
 SIZES = [(40, 64), (33, 50)]
-
-
-def detector() -> Task:
-    return Detector(backbone=PYRAMID, neck={'type': FPN, 'out_channels': 16}, head={'type': FCOS, 'num_classes': 3},
-                    preprocess=PIXELS)  # fmt: skip
-
-
-def segmentor() -> Task:
-    return Segmentor(backbone=PYRAMID, neck={'type': FPN, 'out_channels': 16}, preprocess=PIXELS,
-                     head={'type': SemanticFPN, 'num_classes': 4, 'channels': 16})  # fmt: skip
-
-
-def classifier() -> Task:
-    return ImageClassifier(backbone=PYRAMID, head={'type': LinearClassifier, 'num_classes': 5}, preprocess=PIXELS)
-
-
-def own_classifier() -> Task:
-    backbone = {'type': create_model, 'num_classes': 5, **SMALL}
-    return ImageClassifier(backbone=backbone, head={'type': OwnClassifier, 'num_classes': 5}, preprocess=PIXELS)
-
-
-def restorer() -> Task:
-    return Restorer(backbone=PYRAMID, head={'type': UNetRestorer, 'channels': 8}, preprocess={'type': Preprocess})
-
-
-TASKS = [classifier, own_classifier, detector, segmentor, restorer]
 
 
 def batch(task: Task) -> dict[str, Any]:

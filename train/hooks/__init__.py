@@ -5,6 +5,7 @@ from mmengine.hooks import Hook, ParamSchedulerHook
 from .checkpoint import Checkpoint
 from .guard import NanGuard, NonFiniteError
 from .log import Log
+from .norm_schedule import NormSchedule
 from .pictures import Pictures
 from .progress import ProgressBar
 from .reseed import Reseed
@@ -13,6 +14,7 @@ from .summary import Summary
 DEFAULT_HOOKS: dict[str, type[Hook]] = {
     'param_scheduler': ParamSchedulerHook,
     'reseed': Reseed,
+    'norm_schedule': NormSchedule,
     'guard': NanGuard,
     'log': Log,
     'checkpoint': Checkpoint,
@@ -27,6 +29,7 @@ __all__ = [
     'Log',
     'NanGuard',
     'NonFiniteError',
+    'NormSchedule',
     'Pictures',
     'ProgressBar',
     'Reseed',

@@ -1,0 +1,132 @@
+"""Without this what is exported could differ from what was validated: each task, exported form against predictions."""
+
+import pytest
+import tiny_tasks as tasks
+import torch
+from torchvision.ops import batched_nms
+
+from densezoo.deploy import OnnxModel, check_onnx, export_onnx
+from densezoo.heads import FPN, MaskRCNN
+from densezoo.train import Detector
+from densezoo.train.deployable import Deployable, metadata
+
+SIZE = (64, 96)
+
+
+def pixels(batch=2):
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(0, 256, (3, *SIZE), dtype=torch.uint8, generator=generator) for _ in range(batch)]
+
+
+def ready(make, **options):
+    torch.manual_seed(0)
+    task = make().eval()
+    return task, Deployable(task, **options).eval()
+
+
+def predictions(task, images):
+    targets = [{'file': '', 'image_id': i, 'index': i, 'size': SIZE, 'original_size': SIZE} for i in range(len(images))]
+    data = task.data_preprocessor({'images': images, 'targets': targets})
+    with torch.no_grad():
+        return task(**data, mode='predict')
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('make', [tasks.classifier, tasks.own_classifier])
+def test_classification(make):
+    task, model = ready(make)
+    images = pixels()
+    logits = model(torch.stack(images).float())
+    assert model.outputs == ('logits',) and logits.shape == (2, 5)
+    for row, result in zip(logits, predictions(task, images), strict=True):
+        torch.testing.assert_close(row.softmax(0), result['scores'])
+
+
+@torch.no_grad()
+def test_segmentation():
+    task, model = ready(tasks.segmentor)
+    images = pixels()
+    x = torch.stack(images).float()
+    mask = model(x)
+    assert model.outputs == ('mask',) and mask.dtype == torch.int32
+    expected = torch.stack([result['mask'] for result in predictions(task, images)])
+    assert torch.equal(mask.long(), expected) and len(mask.unique()) > 1
+    logits = ready(tasks.segmentor, form='logits')[1](x)
+    assert logits.shape == (2, 4, *SIZE) and torch.equal(logits.argmax(1), expected)
+
+
+@torch.no_grad()
+def test_detection_after_nms_is_the_prediction():
+    task, model = ready(tasks.detector)
+    task.head.score_threshold = 0.0
+    images = pixels()
+    boxes, scores, labels = model(torch.stack(images).float())
+    assert model.outputs == ('boxes', 'scores', 'labels') and labels.dtype == torch.int32
+    assert boxes.shape == (*scores.shape, 4) and boxes.min() >= 0 and boxes[..., 2].max() <= SIZE[1]
+    for i, result in enumerate(predictions(task, images)):
+        large = ((boxes[i, :, 2:] - boxes[i, :, :2]) > task.head.min_size).all(1)
+        candidate, score, label = boxes[i][large], scores[i][large], labels[i][large].long()
+        keep = batched_nms(candidate, score, label, task.head.nms_threshold)[: task.head.detections]
+        torch.testing.assert_close(candidate[keep], result['boxes'])
+        torch.testing.assert_close(score[keep], result['scores'])
+        assert len(keep) > 1 and torch.equal(label[keep], result['labels'])
+
+
+@torch.no_grad()
+def test_restoration():
+    task, model = ready(tasks.restorer)
+    images = pixels()
+    restored = model(torch.stack(images) / 255)
+    assert model.outputs == ('restored',)
+    for ours, result in zip(restored, predictions(task, images), strict=True):
+        torch.testing.assert_close(ours, result['image'].clamp(0, 1), rtol=0, atol=1e-6)
+
+
+def in_one_order(boxes, scores, labels):
+    """Candidates of equal scores come in any order: sorted by what they are, (B, M, 6)."""
+    rows = torch.cat([labels[..., None], boxes, scores[..., None]], -1)
+    return torch.stack([torch.tensor(sorted(picture.round(decimals=2).tolist())) for picture in rows])
+
+
+def test_detection_becomes_onnx(tmp_path):
+    task, model = ready(tasks.detector)
+    task.head.topk = 10_000  # all of them: which of two equal ones is the last one kept is a matter of rounding
+    x = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(0)) * 255
+    path = export_onnx(model, x, tmp_path / 'task.onnx', outputs=model.outputs)
+    x = torch.rand(3, 3, *SIZE, generator=torch.Generator().manual_seed(1)) * 255
+    with torch.no_grad():
+        ours, expected = (in_one_order(*form(x)) for form in (OnnxModel(path), model))
+    assert len(ours) == 3 and ours.shape[1] > 100
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize('make', [tasks.own_classifier, tasks.segmentor, tasks.restorer])
+def test_every_task_becomes_onnx(make, tmp_path):
+    task, model = ready(make)
+    high = 255 if task.data_preprocessor.normalise else 1
+    x = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(0)) * high
+    path = export_onnx(model, x, tmp_path / 'task.onnx', outputs=model.outputs, metadata=metadata(task))
+    for row in check_onnx(model, path, x):
+        assert row.cosine > 0.9999 if row.output == 'mask' else row.max_rel < 1e-4, row
+
+
+def test_metadata_and_errors():
+    task, _ = ready(tasks.segmentor)
+    assert metadata(task, {'classes': ('a', 'b')}) == {
+        'task': 'Segmentor',
+        'channels': 'RGB',
+        'range': '0..255',
+        'normalised': 'inside',
+        'classes': ['a', 'b'],
+    }
+    assert metadata(tasks.restorer())['range'] == '0..1'
+    with pytest.raises(ValueError, match=r"form must be one of mask, logits, got form='masks'"):
+        Deployable(task, form='masks')
+    two_stage = Detector(
+        backbone=tasks.PYRAMID,
+        neck={'type': FPN, 'out_channels': 16},
+        head={'type': MaskRCNN, 'num_classes': 3},
+        preprocess=tasks.PIXELS,
+    )
+    with pytest.raises(ValueError, match='MaskRCNN chooses its second stage by the picture'):
+        Deployable(two_stage)
