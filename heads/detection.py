@@ -98,6 +98,8 @@ class PyramidAnchors(AnchorGenerator):
     def on(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Anchors of each level, (h * w * A, 4) float32, location-major, on the device of the maps."""
         grids = [(f.shape[-2], f.shape[-1]) for f in features]
+        if torch.compiler.is_exporting():  # what is traced must not stay behind
+            return self._compute(grids, self.info.padded_size(features), features[0].device)
         key = (tuple(grids), features[0].device)
         if key not in self._cache:
             if len(self._cache) >= 32:
@@ -108,15 +110,18 @@ class PyramidAnchors(AnchorGenerator):
         return self._cache[key]
 
     def _compute(self, grids: Sequence[Size], padded: Size, device: torch.device) -> list[Tensor]:
-        self.cell_anchors = [
-            self.generate_anchors(s, r, torch.float32, device) for s, r in zip(self.sizes, self.aspect_ratios)
-        ]
+        cells = [self.generate_anchors(s, r, torch.float32, device) for s, r in zip(self.sizes, self.aspect_ratios)]
         steps = [
             (s, s) if self.exact_strides else (max(padded[0] // h, 1), max(padded[1] // w, 1))
             for s, (h, w) in zip(self.info.reduction(), grids)
         ]
-        shift = [torch.tensor([w, h, w, h], device=device) * self.offset for h, w in steps]
-        return [level + s for level, s in zip(self.grid_anchors(grids, steps), shift)]
+        return [self._level(*level) for level in zip(cells, grids, steps)]
+
+    def _level(self, cells: Tensor, grid: Size, step: Size) -> Tensor:
+        """Cells (A, 4) around 0 -> (h * w * A, 4), moved to every position of the grid."""
+        y, x = ((torch.arange(count, device=cells.device) + self.offset) * length for count, length in zip(grid, step))
+        y, x = torch.meshgrid(y, x, indexing='ij')
+        return (torch.stack([x, y, x, y], -1)[..., None, :] + cells).reshape(-1, 4)
 
 
 def level_sizes(levels: Sequence[Tensor]) -> list[int]:
@@ -166,6 +171,35 @@ def select_candidates(
         start += length
     index = torch.cat(kept)
     return torch.div(index, classes, rounding_mode='floor'), index % classes, flat[index]
+
+
+def top_candidates(
+    scores: Tensor, offsets: Tensor, anchors: Tensor, levels: Sequence[int], topk: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The best candidates of every picture, as many for each: what decoding keeps of it in an exported graph.
+
+    Args:
+        scores: (B, N, K).
+        offsets: (B, N, 4).
+        anchors: (N, 4).
+        levels: anchors of each level.
+        topk: candidates of each level.
+
+    Returns:
+        offsets (B, M, 4), anchors (B, M, 4), scores (B, M), labels (B, M); per level best first.
+    """
+    classes, kept, values, start = scores.shape[2], [], [], 0
+    for length in levels:
+        level = scores[:, start : start + length].flatten(1)
+        value, index = level.topk(min(topk, length * classes), dim=1)
+        values.append(value)
+        kept.append(index + start * classes)
+        start += length
+    index = torch.cat(kept, 1)
+    anchor = torch.div(index, classes, rounding_mode='floor')
+    rows = anchor[..., None].expand(-1, -1, 4)
+    chosen = anchors.expand(scores.shape[0], -1, -1).gather(1, rows)
+    return offsets.gather(1, rows), chosen, torch.cat(values, 1), index % classes
 
 
 def finish(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxLinearCoder
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.ops import (
+    clip_boxes_to_image,
     complete_box_iou_loss,
     distance_box_iou_loss,
     generalized_box_iou_loss,
@@ -161,6 +162,18 @@ class FCOS(nn.Module):
         area = (boxes[..., 2:] - boxes[..., :2]).prod(2)  # (T, 1)
         smallest, index = det.spread(torch.where(allowed, area, math.inf), truth.counts, math.inf).min(1)
         return torch.where(smallest < math.inf, index, det.BACKGROUND)
+
+    def decode(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Candidates before NMS, of fixed number M, for exported graphs: boxes (B, M, 4) xyxy in pixels of the padded
+        batch, clipped to it, scores (B, M), labels (B, M) int64. M is at most topk per level, best first in each."""
+        logits, distances, centerness = (x.float() for x in self(features))
+        scores = torch.sqrt(logits.sigmoid() * centerness.sigmoid())
+        levels = self.anchors.on(features)
+        distances, points, scores, labels = det.top_candidates(
+            scores, distances, torch.cat(levels), det.level_sizes(levels), self.topk
+        )
+        boxes = self.box_coder.decode(distances.flatten(0, 1), points.flatten(0, 1)).view(distances.shape)
+        return clip_boxes_to_image(boxes, self.inputs.padded_size(features)), scores, labels
 
     def predict(
         self, features: Sequence[Tensor], sizes: Sequence[Size], original_sizes: Sequence[Size] | None = None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import (
+    clip_boxes_to_image,
     complete_box_iou_loss,
     distance_box_iou_loss,
     generalized_box_iou_loss,
@@ -140,6 +141,17 @@ class RetinaNet(nn.Module):
         if self.box_loss == 'l1':
             return (offsets - self.box_coder.encode_single(boxes, anchors)).abs().sum(1)
         return _IOU_LOSSES[self.box_loss](self.box_coder.decode_single(offsets, anchors), boxes, reduction='none')
+
+    def decode(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Candidates before NMS, of fixed number M, for exported graphs: boxes (B, M, 4) xyxy in pixels of the padded
+        batch, clipped to it, scores (B, M), labels (B, M) int64. M is at most topk per level, best first in each."""
+        logits, offsets = (x.float() for x in self(features))
+        levels = self.anchors.on(features)
+        offsets, anchors, scores, labels = det.top_candidates(
+            logits.sigmoid(), offsets, torch.cat(levels), det.level_sizes(levels), self.topk
+        )
+        boxes = self.box_coder.decode_single(offsets.flatten(0, 1), anchors.flatten(0, 1)).view(offsets.shape)
+        return clip_boxes_to_image(boxes, self.inputs.padded_size(features)), scores, labels
 
     def predict(
         self, features: Sequence[Tensor], sizes: Sequence[Size], original_sizes: Sequence[Size] | None = None

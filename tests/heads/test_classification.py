@@ -66,7 +66,6 @@ def test_linear_classifier_reads_the_last_map():
         (lambda: OwnClassifier(num_classes=4)([LOGITS]), r'features must be logits \(B, 4\), got list'),
         (lambda: OwnClassifier(num_classes=4, label_smoothing=1), r'label_smoothing must be in \[0, 1\), got 1'),
     ],
-    ids=str,
 )
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):

@@ -126,6 +126,8 @@ def test_order_of_targets_does_not_matter(name):
 @pytest.mark.parametrize('name', DETECTORS)
 def test_batch_equals_singles(name):
     head, features = build(name).eval(), maps(INFO)
+    if not hasattr(head, 'roi_heads'):  # rounding must not decide which of two nearly equal scores comes first
+        head, features = head.double(), [f.double() for f in features]
     sizes, originals = [(96, 128), (80, 100), (33, 61)], [(192, 128), (80, 100), (77, 200)]
     with torch.no_grad():
         together = head.predict(features, sizes, originals)

@@ -21,8 +21,8 @@ def maps(info, size, batch=2):
     ]
 
 
-@pytest.mark.parametrize('size', SIZES, ids=str)
-@pytest.mark.parametrize('info', PYRAMIDS, ids=str)
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('info', PYRAMIDS)
 def test_any_size_starts_as_identity_and_learns(info, size):
     torch.manual_seed(0)
     head = UNetRestorer(feature_info=info, channels=4)
@@ -117,7 +117,6 @@ def test_other_channels():
             'clean pictures must fit into the batch',
         ),
     ],
-    ids=str,
 )
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
