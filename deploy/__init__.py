@@ -1,5 +1,25 @@
 """From a trained model to something that runs elsewhere. Takes any nn.Module; knows no training framework."""
 
+from .engine import Engine
 from .export import export_program
+from .fuse import fuse_for_deploy
+from .onnx import export_onnx, read_metadata
+from .parity import OnnxModel, check_onnx
+from .precision import Half, out_of_range
+from .quantize import quantize, quantize_within
+from .tensorrt import build_engine
 
-__all__ = ['export_program']
+__all__ = [
+    'Engine',
+    'Half',
+    'OnnxModel',
+    'build_engine',
+    'check_onnx',
+    'export_onnx',
+    'export_program',
+    'fuse_for_deploy',
+    'out_of_range',
+    'quantize',
+    'quantize_within',
+    'read_metadata',
+]

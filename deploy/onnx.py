@@ -1,0 +1,155 @@
+"""Models as ONNX files: plain operators alone, checked, described in their own metadata, written whole or not."""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata as packages
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .export import export_program
+
+OPSET = 18  # what the parsers of TensorRT 10 and 11 both read in full
+OPSET_BF16 = 22  # the first whose convolutions and pooling know bfloat16; TensorRT 11
+
+
+def export_onnx(
+    model: nn.Module,
+    example: Tensor | Sequence[Tensor],
+    path: str | os.PathLike[str],
+    *,
+    inputs: Sequence[str] = ('images',),
+    outputs: Sequence[str] | None = None,
+    dynamic_batch: bool = True,
+    dynamic_size: bool = False,
+    min_size: int | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    opset: int | None = None,
+) -> Path:
+    """Writes the inference graph of a model as one ONNX file.
+
+    Args:
+        model, example, dynamic_batch, dynamic_size, min_size: see `export_program`.
+        path: of the file; an older one is replaced when the new one is complete.
+        inputs, outputs: names; outputs are 'output' or 'output0', 'output1', ... if None.
+        metadata: entries of the file's own metadata (strings as they are, the rest as JSON), besides densezoo's
+            version, the layout and the strides.
+        opset: version of the operators; None takes the oldest that has them all.
+
+    Returns:
+        The path.
+
+    Raises:
+        ImportError: onnx or onnxscript is not installed.  ValueError: names do not fit, or as `export_program`.
+    """
+    require('onnx', 'onnxscript')
+    import onnx
+
+    program = export_program(model, example, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size, min_size=min_size)
+    count = len(program.graph_signature.user_outputs)
+    if outputs is None:
+        outputs = ['output'] if count == 1 else [f'output{i}' for i in range(count)]
+    given = len(program.graph_signature.user_inputs)
+    if len(outputs) != count or len(inputs) != given:
+        raise ValueError(
+            f'the model has {given} inputs and {count} outputs, got inputs={list(inputs)}, outputs={list(outputs)}'
+        )
+    halves = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    exported = torch.onnx.export(
+        program,
+        input_names=list(inputs),
+        output_names=list(outputs),
+        opset_version=opset if opset is not None else OPSET_BF16 if halves else OPSET,
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+    assert exported is not None
+    for key, value in {**_described(model), **(metadata or {})}.items():
+        exported.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
+    with replacing(path) as unfinished:
+        exported.save(str(unfinished))
+        onnx.checker.check_model(str(unfinished), full_check=True)
+    return Path(path)
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The metadata of an ONNX file; what was JSON is parsed.
+
+    Raises:
+        ValueError: not an ONNX file.
+    """
+    require('onnx')
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except DecodeError:
+        raise ValueError(f'{os.fspath(path)} is not an ONNX file') from None
+    return {entry.key: _parsed(entry.value) for entry in model.metadata_props}
+
+
+def count_operators(path: str | os.PathLike[str]) -> dict[str, int]:
+    """How often each operator occurs in an ONNX file, most frequent first."""
+    require('onnx')
+    import collections
+
+    import onnx
+
+    nodes = onnx.load(str(path), load_external_data=False).graph.node
+    return dict(collections.Counter(node.op_type for node in nodes).most_common())
+
+
+def require(*modules: str) -> None:
+    """Raises ImportError that names the extra to install, unless all modules are there."""
+    import importlib.util
+
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ImportError(f"{', '.join(missing)} not found: pip install 'densezoo[export]'")
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A scratch file beside `path` that takes its place at the end of the block, or is removed after an error."""
+    final = Path(path)
+    if not final.parent.is_dir():
+        raise FileNotFoundError(f'no such folder: {final.parent}')
+    handle, name = tempfile.mkstemp(prefix=f'.{final.stem}.', suffix=final.suffix, dir=final.parent)
+    os.close(handle)
+    try:
+        yield Path(name)
+        with open(name, 'rb') as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)  # mkstemp's files are the owner's alone
+        os.replace(name, final)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _described(model: nn.Module) -> dict[str, Any]:
+    cfg = getattr(model, 'default_cfg', None) or {}
+    entries: dict[str, Any] = {'densezoo': packages.version('densezoo'), 'layout': 'NCHW'}
+    for key in ('architecture', 'mean', 'std'):
+        if cfg.get(key):
+            entries[key] = cfg[key]
+    info = getattr(model, 'feature_info', None)
+    if getattr(model, 'features_only', False) and info is not None:
+        entries['strides'] = list(info.reduction())
+    return entries
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

@@ -1,0 +1,194 @@
+"""int8 by post-training quantization, on onnxruntime's quantizer, with Q/DQ pairs where TensorRT wants them.
+
+Inputs of convolutions and linear layers get a symmetric Q/DQ pair each, weights one per output channel, biases and
+outputs none; products of two activations (attention) stay as they are. Ranges come from calibration images.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .onnx import replacing, require
+
+RANGES = ('minmax', 'entropy', 'percentile')
+OPERATORS = ('Conv', 'MatMul', 'Gemm')
+
+
+def quantize(
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    images: Iterable[Tensor],
+    *,
+    ranges: str = 'minmax',
+    operators: Sequence[str] = OPERATORS,
+    exclude: Sequence[str] = (),
+) -> Path:
+    """Writes an int8 (Q/DQ) form of a float32 ONNX file.
+
+    Args:
+        source: the float32 file, of one input.
+        path: of the int8 file.
+        images: calibration batches, as the model takes them.
+        ranges: 'minmax', 'entropy' (least information lost) or 'percentile' (99.99 % of the values inside).
+        operators: kinds of nodes to quantize.
+        exclude: names of nodes that stay in float32.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: an unknown kind of range, or no calibration images.  ImportError: onnxruntime is not installed.
+    """
+    require('onnx', 'onnxruntime')
+    import onnx
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        CalibrationMethod,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    if ranges not in RANGES:
+        raise ValueError(f'ranges must be one of {", ".join(RANGES)}, got {ranges=}')
+    graph = onnx.load(str(source), load_external_data=False)
+    name, wanted = graph.graph.input[0].name, quantizable(source, operators)
+    batches = [{name: batch.detach().cpu().float().contiguous().numpy()} for batch in images]
+    if not batches:
+        raise ValueError('calibration needs at least one image, got none')
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.rest = iter(batches)
+
+        def get_next(self) -> Any:
+            return next(self.rest, None)
+
+    with tempfile.TemporaryDirectory() as scratch, replacing(path) as unfinished:
+        prepared = Path(scratch) / 'prepared.onnx'
+        # Shapes alone: the float graph is already what we want, and its nodes keep the names that `exclude` uses.
+        quant_pre_process(str(source), str(prepared), skip_optimization=True, skip_symbolic_shape=True)
+        quantize_static(
+            str(prepared),
+            str(unfinished),
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=list(operators),
+            per_channel=True,
+            activation_type=QuantType.QInt8,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=[n for n in _named(graph.graph, operators) if n not in wanted or n in exclude],
+            calibrate_method={
+                'minmax': CalibrationMethod.MinMax,
+                'entropy': CalibrationMethod.Entropy,
+                'percentile': CalibrationMethod.Percentile,
+            }[ranges],
+            extra_options={
+                'ActivationSymmetric': True,
+                'WeightSymmetric': True,
+                'QuantizeBias': False,
+                'DedicatedQDQPair': True,
+                'OpTypesToExcludeOutputQuantization': list(operators),
+            },
+        )
+        written = onnx.load(str(unfinished))
+        for entry in written.metadata_props:
+            if entry.key == 'precision':
+                entry.value = 'int8'
+                break
+        else:
+            written.metadata_props.add(key='precision', value='int8')
+        onnx.save(written, str(unfinished))
+    return Path(path)
+
+
+def sensitivity(
+    source: str | os.PathLike[str], images: Sequence[Tensor], *, ranges: str = 'minmax'
+) -> list[tuple[str, float]]:
+    """What each quantizable node costs when it alone is quantized: 1 - cosine of the outputs, worst first.
+
+    Args:
+        source: the float32 file.
+        images: batches to calibrate and to compare on.
+        ranges: see `quantize`.
+    """
+    from .parity import OnnxModel
+
+    nodes = quantizable(source)
+    expected = [_flat(OnnxModel(source)(batch)) for batch in images]
+    costs = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for node in nodes:
+            alone = Path(scratch) / 'alone.onnx'
+            quantize(source, alone, images, ranges=ranges, exclude=[other for other in nodes if other != node])
+            model = OnnxModel(alone)
+            likeness = [F.cosine_similarity(_flat(model(x)), y, dim=0).item() for x, y in zip(images, expected)]
+            costs.append((node, 1 - sum(likeness) / len(likeness)))
+    return sorted(costs, key=lambda entry: -entry[1])
+
+
+def quantize_within(
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    images: Sequence[Tensor],
+    metric: Callable[[Any], float],
+    *,
+    budget: float,
+    ranges: str = 'minmax',
+    step: int = 1,
+) -> list[str]:
+    """Quantizes as much as a metric allows: the most sensitive nodes stay in float32, `step` more at a time.
+
+    Args:
+        source, path, images, ranges: see `quantize`.
+        metric: of a callable model (see `parity.OnnxModel`); higher is better.
+        budget: how much of the float32 file's metric may be lost, in its own unit.
+        step: nodes added to the float32 ones per trial.
+
+    Returns:
+        The nodes that stayed in float32.
+
+    Raises:
+        ValueError: the budget is not met by any.
+    """
+    from .parity import OnnxModel
+
+    if budget < 0 or step < 1:
+        raise ValueError(f'budget must not be negative and step must be positive, got {budget=}, {step=}')
+    wanted = metric(OnnxModel(source)) - budget
+    quantize(source, path, images, ranges=ranges)
+    reached = metric(OnnxModel(path))
+    if reached >= wanted:
+        return []
+    ranked = [node for node, _ in sensitivity(source, images, ranges=ranges)]
+    for count in range(step, len(ranked), step):
+        quantize(source, path, images, ranges=ranges, exclude=ranked[:count])
+        reached = metric(OnnxModel(path))
+        if reached >= wanted:
+            return ranked[:count]
+    raise ValueError(f'int8 keeps the metric at {reached:.4g}, below {wanted:.4g}, whatever stays in float32')
+
+
+def quantizable(source: str | os.PathLike[str], operators: Sequence[str] = OPERATORS) -> list[str]:
+    """Names of the nodes that `quantize` would quantize: those of the given kinds that have weights."""
+    import onnx
+
+    graph = onnx.load(str(source), load_external_data=False).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    return [name for name, node in _named(graph, operators).items() if node.input[1] in weights]
+
+
+def _named(graph: Any, operators: Sequence[str]) -> dict[str, Any]:
+    return {node.name: node for node in graph.node if node.op_type in operators}
+
+
+def _flat(outputs: Any) -> Tensor:
+    tensors = outputs if isinstance(outputs, list) else [outputs]
+    return torch.cat([tensor.double().flatten() for tensor in tensors])
