@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
-from .base import ImageDataset, OnError
+from .base import OnError
 from .errors import DataError
-from .imageio import probe, read_image, read_mask
+from .imageio import read_image, read_mask
+from .pairs import PairedImages, Pairs, Problems, match
 from .palettes import (
     ADE20K_CLASSES,
     ADE20K_PALETTE,
@@ -35,7 +36,7 @@ _UNKNOWN = 254  # what an id without a class becomes for a moment
 _MASK_SUFFIXES = ('.png', '.tif', '.tiff', '.bmp', '.gif')
 
 
-class MaskFolder(ImageDataset):
+class MaskFolder(PairedImages):
     """Pictures and masks of the same names; target `mask` (H, W) int64 with ids 0..K-1 and 255 = ignore.
 
     Looks for images/<split> with masks/<split>, <split>/images with <split>/masks, and images with masks for split=''.
@@ -52,6 +53,8 @@ class MaskFolder(ImageDataset):
         reduce_zero_label: stored 0 means ignore, 1..K the classes.
         exif: rotate pictures and masks by EXIF orientation.
     """
+
+    partner = 'mask'
 
     def __init__(
         self,
@@ -73,15 +76,20 @@ class MaskFolder(ImageDataset):
     ) -> None:
         super().__init__(root=root, split=split, transforms=transforms, seed=seed, on_error=on_error)
         self._exif = exif
-        self._images = first_folder(self.root, _places('images', split, images), 'images')
-        self._masks = first_folder(self.root, _places('masks', split, masks), 'masks')
-        pairs, problems = _pairs(self._images, self._masks, image_suffix, mask_suffix)
+        self._pictures = first_folder(self.root, _places('images', split, images), 'images')
+        self._partners = first_folder(self.root, _places('masks', split, masks), 'masks')
+        names = list_images(self._partners, mask_suffix)
+        if not mask_suffix:
+            names = [name for name in names if name.lower().endswith(_MASK_SUFFIXES)]
+        pairs, problems = match(
+            self._pictures, self._partners, names, partner=self.partner, suffixes=(image_suffix, mask_suffix)
+        )
         self._begin(pairs, problems, classes, palette, label_map, reduce_zero_label)
 
     def _begin(
         self,
-        pairs: list[tuple[str, str]],
-        problems: list[tuple[str, str]],
+        pairs: Pairs,
+        problems: Problems,
         classes: Sequence[str] | None,
         palette: Sequence[Sequence[int]] | None,
         label_map: Mapping[int, int] | None,
@@ -98,33 +106,14 @@ class MaskFolder(ImageDataset):
         self._colours = np.asarray(colours, dtype=np.int64).reshape(-1, 3) @ (65536, 256, 1)
         self._start(len(pairs), problems)
 
-    def file(self, record: int) -> pathlib.Path:
-        return self._images / self._pairs[record][0]
-
-    def mask_file(self, record: int) -> pathlib.Path:
-        """Path of the mask of a record."""
-        return self._masks / self._pairs[record][1]
-
-    def inspect(self, record: int) -> None:
-        self._same_size(
-            record, probe(self.file(record), exif=self._exif), probe(self.mask_file(record), exif=self._exif)
-        )
-
     def read(self, record: int) -> Sample:
         image = read_image(self.file(record), exif=self._exif)
-        mask = self._ids(self.mask_file(record))
-        self._same_size(record, (image.shape[-2], image.shape[-1]), mask.shape)
+        mask = self._ids(self.partner_file(record))
+        self._same_size(record, image.shape, mask.shape)
         return {'image': tv_tensors.Image(image), 'mask': SemanticMask(torch.from_numpy(mask))}
 
     def finish(self, sample: Sample) -> tuple[Tensor, dict[str, Any]]:
         return sample['image'].as_subclass(Tensor), {'mask': sample['mask'].as_subclass(Tensor).long()}
-
-    def _same_size(self, record: int, image: Sequence[int], mask: Sequence[int]) -> None:
-        if tuple(image) != tuple(mask):
-            raise DataError(
-                f'{self.file(record)}: mask of another size: the picture is {image[1]}x{image[0]}, '
-                f'{self.mask_file(record)} is {mask[1]}x{mask[0]}'
-            )
 
     def _ids(self, path: pathlib.Path) -> np.ndarray:
         """Class ids (H, W) uint8 of a mask file."""
@@ -232,27 +221,6 @@ def _places(kind: str, split: str, given: str | None) -> list[str]:
     if given is not None:
         return [str(expand_root(given))]
     return [f'{kind}/{split}', f'{split}/{kind}'] if split else [kind]
-
-
-def _pairs(
-    images: pathlib.Path, masks: pathlib.Path, image_suffix: str, mask_suffix: str
-) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """(picture, mask) for every picture with a mask, and the pictures without one as problems."""
-    stored = [name for name in list_images(masks, mask_suffix) if mask_suffix or name.lower().endswith(_MASK_SUFFIXES)]
-    by_stem = {_stem(name, mask_suffix): name for name in stored}
-    pairs, problems = [], []
-    for name in list_images(images, image_suffix):
-        mask = by_stem.get(_stem(name, image_suffix))
-        if mask is None:
-            wanted = _stem(name, image_suffix) + (mask_suffix or '.*')
-            problems.append((str(images / name), f'has no mask {wanted} in {masks}'))
-        else:
-            pairs.append((name, mask))
-    return pairs, problems
-
-
-def _stem(name: str, suffix: str) -> str:
-    return name.removesuffix(suffix) if suffix else os.path.splitext(name)[0]
 
 
 def _meaning(

@@ -10,7 +10,8 @@ from torchvision import tv_tensors
 
 from .base import ImageDataset, OnError
 from .errors import DataError
-from .imageio import probe, read_image
+from .imageio import read_image
+from .pairs import PairedImages, match
 from .paths import first_folder, list_images
 from .transforms import Sample, TransformSpec, build
 
@@ -24,7 +25,7 @@ class _Restoration(ImageDataset):
         return _unit(sample['image']), {'clean': _unit(sample['clean'])}
 
 
-class PairedFolder(_Restoration):
+class PairedFolder(_Restoration, PairedImages):
     """Pairs of equal names and sizes: image (3, H, W) float32 0..1 degraded, target `clean` likewise.
 
     Looks for <split>/input with <split>/target and for input/<split> with target/<split>.
@@ -34,6 +35,8 @@ class PairedFolder(_Restoration):
         inputs, targets: the two folders relative to root, where the layout is another.
         exif: rotate by EXIF orientation.
     """
+
+    partner = 'target'
 
     def __init__(
         self,
@@ -49,44 +52,20 @@ class PairedFolder(_Restoration):
     ) -> None:
         super().__init__(root=root, split=split, transforms=transforms, seed=seed, on_error=on_error)
         self._exif = exif
-        self._inputs = first_folder(self.root, _places('input', split, inputs), 'inputs')
-        self._targets = first_folder(self.root, _places('target', split, targets), 'targets')
-        clean = {os.path.splitext(name)[0]: name for name in list_images(self._targets)}
-        problems, self._pairs = [], []
-        for name in list_images(self._inputs):
-            partner = clean.pop(os.path.splitext(name)[0], None)
-            if partner is None:
-                problems.append((str(self._inputs / name), f'has no partner of this name in {self._targets}'))
-            else:
-                self._pairs.append((name, partner))
-        lonely = f'has no partner of this name in {self._inputs}'
-        problems += [(str(self._targets / name), lonely) for name in clean.values()]
+        self._pictures = first_folder(self.root, _places('input', split, inputs), 'inputs')
+        self._partners = first_folder(self.root, _places('target', split, targets), 'targets')
+        names = list_images(self._partners)
+        self._pairs, problems = match(self._pictures, self._partners, names, partner=self.partner)
+        matched = {name for _, name in self._pairs}
+        lonely = f'has no input of this name in {self._pictures}'
+        problems += [(str(self._partners / name), lonely) for name in names if name not in matched]
         self._start(len(self._pairs), problems)
-
-    def file(self, record: int) -> pathlib.Path:
-        return self._inputs / self._pairs[record][0]
-
-    def clean_file(self, record: int) -> pathlib.Path:
-        """Path of the clean picture of a record."""
-        return self._targets / self._pairs[record][1]
-
-    def inspect(self, record: int) -> None:
-        self._same_size(
-            record, probe(self.file(record), exif=self._exif), probe(self.clean_file(record), exif=self._exif)
-        )
 
     def read(self, record: int) -> Sample:
         image = _read(self.file(record), self._exif)
-        clean = _read(self.clean_file(record), self._exif)
-        self._same_size(record, tuple(image.shape[-2:]), tuple(clean.shape[-2:]))
+        clean = _read(self.partner_file(record), self._exif)
+        self._same_size(record, image.shape, clean.shape)
         return {'image': tv_tensors.Image(image), 'clean': tv_tensors.Image(clean)}
-
-    def _same_size(self, record: int, image: Sequence[int], clean: Sequence[int]) -> None:
-        if tuple(image) != tuple(clean):
-            raise DataError(
-                f'{self.file(record)}: the pair differs in size: input {image[1]}x{image[0]}, target '
-                f'{self.clean_file(record)} {clean[1]}x{clean[0]}'
-            )
 
 
 class CleanFolder(_Restoration):

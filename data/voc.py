@@ -80,14 +80,14 @@ class VOCSegmentation(MaskFolder):
         ImageDataset.__init__(self, root=root, split=split, transforms=transforms, seed=seed, on_error=on_error)
         self._exif = True
         home = _home(self.root, year)
-        self._images, self._masks = home / 'JPEGImages', home / 'SegmentationClass'
+        self._pictures, self._partners = home / 'JPEGImages', home / 'SegmentationClass'
         pairs, problems = [], []
         for name in _image_set(home / 'ImageSets' / 'Segmentation', split):
-            image, mask = _picture(self._images, name), f'{name}.png'
+            image, mask = _picture(self._pictures, name), f'{name}.png'
             if image is None:
-                problems.append((str(self._images / f'{name}.jpg'), 'no such file'))
-            elif not (self._masks / mask).is_file():
-                problems.append((str(self._images / image), f'has no mask {self._masks / mask}'))
+                problems.append((str(self._pictures / f'{name}.jpg'), 'no such file'))
+            elif not (self._partners / mask).is_file():
+                problems.append((str(self._pictures / image), f'has no mask {self._partners / mask}'))
             else:
                 pairs.append((image, mask))
         palette = [voc_colour(number) for number in range(len(classes))]
