@@ -1,6 +1,7 @@
 """Backbones: image -> feature pyramid or logits. `create_model(name)` is the door, `list_models()` lists the names."""
 
 from . import (
+    cait,
     crossformer,
     cswin,
     davit,
@@ -21,6 +22,7 @@ from . import (
     slab_models,
     spectformer,
     swin,
+    three_things,
     tiny_vit,
     twins,
 )
@@ -32,6 +34,7 @@ __all__ = [
     'AnySize',
     'FixedSize',
     'Resampled',
+    'cait',
     'create_model',
     'crossformer',
     'cswin',
@@ -55,6 +58,7 @@ __all__ = [
     'slab_models',
     'spectformer',
     'swin',
+    'three_things',
     'tiny_vit',
     'twins',
 ]

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbone import rename
-from .layers import ConvDownsample, Mlp, TokenBlock, build_token_mixer, drop_path_schedule, norm_factory
+from .layers import Mlp, TokenBlock, build_token_mixer, drop_path_schedule, norm_factory
 from .layers.heads import HeadFactory
+from .layers.patches import build_stem
 from .layers.positions import PositionTable
 from .plain import Plain, block_windows, check_plain, grid_of
 from .registry import register, weights
@@ -56,6 +57,7 @@ class DeiT(Plain):
         depth, dim: blocks and channels.
         num_heads: attention heads.
         patch_size: pixels of a patch's side, and their stride.
+        stem: how patches become tokens, 'linear' or 'hmlp' (patches of 16), see `layers.patches`.
         mlp_ratio: width of the MLPs over dim.
         qkv_bias: learn a bias of queries, keys and values.
         token_mixer: by name or dict(name=..., option=...), see `layers.token_attention`: dict(clip=dict(alpha=4.0),
@@ -82,6 +84,7 @@ class DeiT(Plain):
         dim: int = 384,
         num_heads: int = 6,
         patch_size: int = 16,
+        stem: str = 'linear',
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         token_mixer: str | Mapping[str, Any] = 'attention',
@@ -129,7 +132,7 @@ class DeiT(Plain):
         self.assemble(
             dim=dim,
             stride=patch_size,
-            patch_embed=ConvDownsample(in_chans, dim, kernel=patch_size, stride=patch_size, padding=0, image=True),
+            patch_embed=build_stem(stem, in_chans=in_chans, dim=dim, patch_size=patch_size),
             position=PositionTable(
                 dim,
                 grid_of(img_size, patch_size),
@@ -199,7 +202,7 @@ class DeiT(Plain):
 
 RENAMES = [
     (r'pos_embed$', 'pos_embed.table'),
-    (r'patch_embed\.proj\.', 'patch_embed.conv.'),
+    (r'patch_embed\.proj\.(weight|bias)$', r'patch_embed.conv.\1'),
     (r'blocks\.(\d+)\.gamma_(\d)$', r'blocks.\1.layer_scale\2.scale'),
     (r'head_dist\.', 'head.fc_dist.'),
 ]
