@@ -219,7 +219,7 @@ register(
     constant_drop_path=True,
     weights=[weights('in1k', None, params=2.1, macs=None, **{**_PAPER, 'first_conv': 'patch_embed.proj.0'})],
 )
-register('deit_small_patch16_18x2', ParallelViT, depth=18, dim=384, parallel=2, num_heads=6, weights=_described(64.5))
+register('deit_small_patch16_18x2', ParallelViT, depth=18, dim=384, parallel=2, num_heads=6, weights=_described(64.6))
 register(
     'deit_small_patch16_18x2_ls',
     ParallelViT,
@@ -230,7 +230,7 @@ register(
     layer_scale=1e-4,
     weights=_described(64.6),
 )
-register('deit_base_patch16_18x2', ParallelViT, depth=18, dim=768, parallel=2, num_heads=12, weights=_described(256.8))
+register('deit_base_patch16_18x2', ParallelViT, depth=18, dim=768, parallel=2, num_heads=12, weights=_described(256.7))
 register(
     'deit_base_patch16_18x2_ls',
     ParallelViT,
@@ -239,5 +239,5 @@ register(
     parallel=2,
     num_heads=12,
     layer_scale=1e-4,
-    weights=_described(256.9),
+    weights=_described(256.7),
 )
