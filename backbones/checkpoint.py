@@ -61,21 +61,11 @@ def load_checkpoint(
     else:
         content, source = read(path_or_state_dict), os.fspath(path_or_state_dict)
     state = _state_dict(content, source, model.beside_backbone if isinstance(model, Backbone) else ())
-    resized: dict[str, str] = {}
     if isinstance(model, Backbone):
-        converted = model.convert(state)
-        shapes = {key: tuple(value.shape) for key, value in converted.items()}
-        state = model.resample(converted)
-        resized = {
-            key: f'{key} {shapes[key]} to {tuple(value.shape)}'
-            for key, value in state.items()
-            if key in shapes and tuple(value.shape) != shapes[key]
-        }
+        state = model.resample(model.convert(state))
     own = model.state_dict()
     state = {key: _fit(key, value, own) for key, value in state.items() if not _COMPUTED.search(key)}
     notes = _adapt(model, state, own)
-    if resized:
-        notes['resized'] = f'resampled for another image size: {_list(list(resized.values()), 3)}'
     misfits = [
         f'{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}'
         for key, value in state.items()

@@ -167,9 +167,9 @@ _PARALLEL = [
 
 
 def attention_only(model: nn.Module) -> list[str]:
-    """Leaves the attention of a backbone, its classifier and its pyramid trainable and freezes the rest, in place.
+    """Leaves a backbone's attention, positions, classifier and pyramid trainable and freezes the rest, in place.
 
-    What the paper proposes for other image sizes and for transfer; positions are trained too, as the authors do.
+    What the paper proposes for other image sizes and for transfer.
 
     Returns:
         Names of the trainable parameters.
@@ -179,7 +179,7 @@ def attention_only(model: nn.Module) -> list[str]:
     """
     names = [name for name, _ in model.named_parameters()]
     heads = ('head.', *getattr(model, 'new_in_dense', ()), 'pos_embed')
-    chosen = [name for name in names if re.search(r'\.attns?\d*\.', name)]
+    chosen = [name for name in names if re.search(r'\.(?:attn|attns\.\d+\.part)\.', name)]
     if not chosen:
         raise ValueError(f'attention_only needs modules called attn, {type(model).__name__} has none')
     chosen += [name for name in names if name.startswith(heads)]

@@ -1,12 +1,15 @@
 """Learned positions of tokens on a grid, for every size of grid."""
 
 # B batch, C channels, H W size of the grid, P prefix tokens (class, distillation)
+import logging
 import math
 
 import torch
 from torch import Tensor, nn
 
 from .resize import METHODS, resize_table
+
+_log = logging.getLogger('densezoo')
 
 
 class PositionTable(nn.Module):
@@ -66,6 +69,7 @@ class PositionTable(nn.Module):
             resized = resize_table(table[0, self.prefix :].unflatten(0, (side, side)), self.grid, self.method)
             resized = resized.flatten(0, 1)[None].to(table.dtype)
             state[prefix + 'table'] = torch.cat((table[:, : self.prefix], resized), 1)
+            _log.info('%stable resampled from a grid of %d x %d to %d x %d', prefix, side, side, *self.grid)
 
     def extra_repr(self) -> str:
         return f'grid={self.grid}, prefix={self.prefix}, method={self.method!r}'
