@@ -1,9 +1,11 @@
 """Backbones: image -> feature pyramid or logits. `create_model(name)` is the door, `list_models()` lists the names."""
 
 from . import (
+    cait,
     crossformer,
     cswin,
     davit,
+    deit,
     efficientvit,
     fmvit,
     gfnet,
@@ -20,6 +22,7 @@ from . import (
     slab_models,
     spectformer,
     swin,
+    three_things,
     tiny_vit,
     twins,
 )
@@ -31,10 +34,12 @@ __all__ = [
     'AnySize',
     'FixedSize',
     'Resampled',
+    'cait',
     'create_model',
     'crossformer',
     'cswin',
     'davit',
+    'deit',
     'efficientvit',
     'fmvit',
     'gfnet',
@@ -53,6 +58,7 @@ __all__ = [
     'slab_models',
     'spectformer',
     'swin',
+    'three_things',
     'tiny_vit',
     'twins',
 ]

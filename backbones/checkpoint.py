@@ -18,7 +18,7 @@ from timm.models import PretrainedCfg, adapt_input_conv
 from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 
-from .skeleton import Hierarchical
+from .backbone import Backbone
 
 _log = logging.getLogger('densezoo')
 _Model = TypeVar('_Model', bound=nn.Module)
@@ -60,8 +60,8 @@ def load_checkpoint(
         content, source = path_or_state_dict, 'the state dict'
     else:
         content, source = read(path_or_state_dict), os.fspath(path_or_state_dict)
-    state = _state_dict(content, source, model.beside_backbone if isinstance(model, Hierarchical) else ())
-    if isinstance(model, Hierarchical):
+    state = _state_dict(content, source, model.beside_backbone if isinstance(model, Backbone) else ())
+    if isinstance(model, Backbone):
         state = model.resample(model.convert(state))
     own = model.state_dict()
     state = {key: _fit(key, value, own) for key, value in state.items() if not _COMPUTED.search(key)}
@@ -73,7 +73,7 @@ def load_checkpoint(
     ]
     extra = [key for key in state if key not in own]
     missing = [key for key in own if key not in state and not _COMPUTED.search(key) and key not in notes]
-    if isinstance(model, Hierarchical) and model.features_only:
+    if isinstance(model, Backbone) and model.features_only:
         allowed_extra = (*model.classifier_keys, *model.absent_keys)
         left_over, extra = _split(extra, allowed_extra)
         new, missing = _split(missing, model.new_in_dense)
@@ -98,12 +98,12 @@ def load_checkpoint(
             '%s from %s: %s',
             _title(model),
             source,
-            '; '.join(notes.values()),
+            '; '.join(filter(None, notes.values())),
         )
     return model
 
 
-def load_published(model: Hierarchical, cfg: PretrainedCfg, *, page: str | None = None, cache_dir: Any = None) -> None:
+def load_published(model: Backbone, cfg: PretrainedCfg, *, page: str | None = None, cache_dir: Any = None) -> None:
     """Loads the weights that `cfg` describes: its file, or its url through timm's download cache.
 
     Raises:
@@ -198,19 +198,17 @@ def _adapt(model: nn.Module, state: dict[str, Tensor], own: Mapping[str, Tensor]
         if state[first].ndim == 4 and before == 3 and state[first].shape[2:] == own[first].shape[2:]:
             state[first] = adapt_input_conv(after, state[first])
             notes['first_conv'] = f'{first} adapted from {before} to {after} channels'
-    weight = f'{cfg.get("classifier")}.weight'
-    if (
-        weight in state
-        and weight in own
-        and state[weight].shape[0] != own[weight].shape[0]
-        and (state[weight].shape[1:] == own[weight].shape[1:])
-    ):
-        bias = f'{cfg.get("classifier")}.bias'
-        theirs, ours = state[weight].shape[0], own[weight].shape[0]
-        notes[weight] = f'{cfg["classifier"]} not loaded: {theirs} classes instead of {ours}'
-        notes[bias] = ''
-        del state[weight]
-        state.pop(bias, None)
+    layers = cfg.get('classifier')
+    for layer in (layers,) if isinstance(layers, str) else layers or ():
+        weight, bias = f'{layer}.weight', f'{layer}.bias'
+        if weight not in state or weight not in own or state[weight].shape[0] == own[weight].shape[0]:
+            continue
+        if state[weight].shape[1:] == own[weight].shape[1:]:
+            theirs, ours = state[weight].shape[0], own[weight].shape[0]
+            notes[weight] = f'{layer} not loaded: {theirs} classes instead of {ours}'
+            notes[bias] = ''
+            del state[weight]
+            state.pop(bias, None)
     return notes
 
 

@@ -18,9 +18,9 @@ from timm.models import PretrainedCfg, is_model
 from torch import nn
 
 from . import timm_entries
+from .backbone import Backbone, normalise_indices
 from .checkpoint import load_checkpoint, load_published
 from .layers.lookup import nearest
-from .skeleton import Hierarchical, normalise_indices
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Entry:
     """A registered name: the class, the variant's constructor arguments and what the dense form changes in them."""
 
     name: str
-    cls: type[Hierarchical]
+    cls: type[Backbone]
     arguments: Mapping[str, Any]
     dense: Mapping[str, Any]
     weights: Mapping[str, Weights] = field(default_factory=dict)  # by tag; the first is the default
@@ -65,7 +65,7 @@ def weights(
     size: int = 224,
     crop_pct: float = 0.9,
     num_classes: int = 1000,
-    classifier: str = 'head',
+    classifier: str | tuple[str, ...] = 'head',
     first_conv: str = 'downsample_layers.0.conv',
     licence: str = 'apache-2.0',
     page: str | None = None,
@@ -88,7 +88,7 @@ def weights(
         num_classes=num_classes,
         crop_pct=crop_pct,
         interpolation='bicubic',
-        classifier=classifier,
+        classifier=classifier,  # type: ignore[arg-type]
         first_conv=first_conv,
         license=licence,
         origin_url=origin,
@@ -110,7 +110,7 @@ def weights(
 
 def register(
     name: str,
-    cls: type[Hierarchical],
+    cls: type[Backbone],
     *,
     weights: Sequence[Weights] = (),
     dense: Mapping[str, Any] | None = None,
@@ -262,7 +262,7 @@ def constructor_arguments(name: str) -> dict[str, inspect.Parameter]:
     return {**dict(inspect.signature(_entry(base).cls).parameters), **common}
 
 
-def model_class(name: str) -> type[Hierarchical]:
+def model_class(name: str) -> type[Backbone]:
     """The class that builds one of densezoo's own models.
 
     Raises:
@@ -315,7 +315,7 @@ def _from_timm(
     if getattr(pyramid, 'output_fmt', None) == Format.NHWC:
         kwargs['feature_cls'] = 'getter'  # timm's own way to (B, C, H, W) maps
     levels = {info['reduction']: i for i, info in enumerate(pyramid.feature_info.info)}
-    chosen = [Hierarchical.strides[i] for i in normalise_indices(out_indices, 4)]
+    chosen = [Backbone.strides[i] for i in normalise_indices(out_indices, 4)]
     if any(stride not in levels for stride in chosen):
         raise ValueError(
             f'{name} has maps with strides {", ".join(map(str, levels))}; '

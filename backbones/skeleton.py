@@ -7,48 +7,33 @@ C) tensors, whose (B, C, H, W) view has channels_last strides, so convolutions r
 """
 
 # B batch, C channels, H W size of the current stage, K classes
-import itertools
-import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from timm.models import FeatureInfo
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from .backbone import Backbone, check_format, normalise_indices, rename
 from .layers.fold_norm import fold_into_next
 from .layers.grid import to_first
-from .layers.heads import HeadFactory, build_head
+from .layers.heads import HeadFactory
 from .layers.norm import NormFactory
-from .sizes import AnySize, FixedSize
 
 Stage = Sequence[nn.Module]
 
+__all__ = ['Hierarchical', 'check_stages', 'normalise_indices', 'per_stage', 'rename']
 
-class Hierarchical(nn.Module):
+
+class Hierarchical(Backbone):
     """Stem -> 4 x (blocks, output norm) with a downsampling layer before each stage after the first.
 
     Modules: `downsample_layers.{0..3}` (the first is the stem, (B, C, H, W) -> (B, H, W, C)), `stages.{s}.{b}`; as
     classifier `norm` and `head`; in dense form `output_norms.{s}`, where the family has them.
     """
 
-    sizes: AnySize | FixedSize = AnySize()
-    strides: ClassVar[tuple[int, ...]] = (4, 8, 16, 32)
-    min_dynamic_size: ClassVar[int] = 33  # smallest height and width of an export with dynamic sizes
-    new_in_dense: ClassVar[tuple[str, ...]] = ('output_norms.',)  # keys that classifier weights lack
-    # prefixes of the authors' keys that are this model's though they lie beside those that start with 'backbone.'
-    beside_backbone: ClassVar[tuple[str, ...]] = ()
-    classifier_keys: ClassVar[tuple[str, ...]] = ('norm.', 'head.')  # keys that the dense form lacks
-    # arguments of a small copy, for tests and dry runs
+    new_in_dense: ClassVar[tuple[str, ...]] = ('output_norms.',)
     reduced: ClassVar[dict[str, Any]] = {'depths': (1, 1, 2, 1), 'dims': (32, 64, 96, 128)}
-    same_maps_in_dense = True  # the dense form's raw maps are the classifier's
-    has_golden: ClassVar[bool] = True  # the authors published code, whose outputs were recorded
-    norm_first = False  # the classifier's norm acts on the map, before pooling
-
-    default_cfg: dict[str, Any]
-    pretrained_cfg: dict[str, Any]
-    metadata: dict[str, Any]
 
     def assemble(
         self,
@@ -160,8 +145,7 @@ class Hierarchical(nn.Module):
         Raises:
             ValueError: an index or the format is not valid, or the image's shape is not one this backbone takes.
         """
-        if output_fmt not in ('NCHW', 'NHWC'):
-            raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt=}")
+        check_format(output_fmt)
         self._check_image(x)
         wanted = normalise_indices(len(self.stages) if indices is None else indices, len(self.stages))
         norms: Any = self.output_norms if norm and hasattr(self, 'output_norms') else {}
@@ -182,60 +166,21 @@ class Hierarchical(nn.Module):
 
     def _run(self, blocks: nn.Module, x: Tensor) -> Tensor:
         for block in blocks:  # type: ignore[attr-defined]
-            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+            x = self._call(block, x)
         return x
 
-    def _check_image(self, x: Tensor) -> None:
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f'images must be (B, {self.in_chans}, H, W), got {tuple(x.shape)=}')
-        self.sizes.check(x.shape[2], x.shape[3])
+    # ---- timm's interface and deployment
 
-    # ---- timm's interface
-
-    def get_classifier(self) -> nn.Module:
-        """The last layer of the classifier."""
-        self._require_classifier('get_classifier')
-        return self.head.get_submodule(self.classifier.removeprefix('head').removeprefix('.'))
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new, freshly initialised head for `num_classes` classes (0: pooled features)."""
-        self._require_classifier('reset_classifier')
-        if global_pool not in (None, 'avg'):
-            raise ValueError(f"global_pool must be 'avg', got {global_pool=}")
-        self._set_head(num_classes)
-        self.head.apply(self.init_weights)
-
-    @property
-    def classifier(self) -> str:
-        """Name of the last layer of the classifier."""
-        return f'head.{self.head.last}'.removesuffix('.')
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the blocks' inputs while training and compute the rest again in the backward pass."""
-        self.grad_checkpointing = enable
+    def block_names(self) -> list[list[str]]:
+        return [[f'stages.{s}.{b}' for b in range(len(blocks))] for s, blocks in enumerate(self.stages)]  # type: ignore[arg-type]
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that order the parameters by depth, for layer-wise learning rates: by block or by stage."""
         with_last_block = (r'^norm\.', (99999,))
         if coarse:
             blocks = [(r'^(?:downsample_layers|stages)\.(\d+)', None), with_last_block]
         else:
             blocks = [(r'^downsample_layers\.(\d+)', (0,)), (r'^stages\.(\d+)\.(\d+)', None), with_last_block]
         return {'stem': r'^downsample_layers\.0\.', 'blocks': blocks, 'head': r'^(?:head|output_norms)\.'}
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters with two or more dimensions that take no weight decay (those with one never should)."""
-        return set()
-
-    def init_weights(self, module: nn.Module) -> None:
-        """Initialises one module, truncated normal with deviation 0.02; families apply theirs to all modules."""
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
 
     def for_deploy(self) -> nn.Module:
         """The same model in evaluation mode, with a classifier's norm that is affine inside its last layer.
@@ -245,45 +190,6 @@ class Hierarchical(nn.Module):
         if not self.features_only:
             self.norm = fold_into_next(self.norm, self.head)
         return self
-
-    @classmethod
-    def convert(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A state dict under our names from one under the authors' names; ours pass unchanged."""
-        return state
-
-    def resample(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same with what was made for another image size resized for this model.
-
-        Modules that hold such tables do it by a method `resample(state, prefix)`, in place, for their own keys.
-        """
-        for name, module in self.named_modules():
-            if module is not self and hasattr(module, 'resample'):
-                module.resample(state, f'{name}.')  # type: ignore[operator]
-        return state
-
-    def _set_head(self, num_classes: int) -> None:
-        self.num_classes = num_classes
-        self.head = build_head(self.head_kind, self.num_features, num_classes, self.drop_rate)
-        self.head_hidden_size = self.head.hidden_size
-
-    def _require_classifier(self, method: str) -> None:
-        if self.features_only:
-            raise ValueError(f'{method} needs a classifier; this model was built with features_only=True')
-
-
-def normalise_indices(indices: int | Sequence[int], count: int) -> tuple[int, ...]:
-    """Stages named by numbers (negative ones count from the end) or by n for the last n, as increasing numbers.
-
-    Raises:
-        ValueError: an index is out of range, or they do not increase.
-    """
-    if isinstance(indices, int):
-        chosen: tuple[int, ...] = tuple(range(count - indices, count))
-    else:
-        chosen = tuple(i + count if i < 0 else i for i in indices)
-    if not chosen or min(chosen) < 0 or max(chosen) >= count or any(b <= a for a, b in itertools.pairwise(chosen)):
-        raise ValueError(f'out_indices must be increasing stage numbers from 0 to {count - 1}, got {indices}')
-    return chosen
 
 
 def check_stages(
@@ -311,15 +217,3 @@ def per_stage(name: str, value: Any, stages: int = 4) -> tuple[Any, ...]:
     if len(value) != stages:
         raise ValueError(f'{name} must be one value or {stages}, one per stage, got {name}={value}')
     return tuple(value)
-
-
-def rename(state: dict[str, Tensor], rules: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
-    """Renames the keys of a state dict by the first rule (pattern, replacement) that matches at their start."""
-
-    def new_name(key: str) -> str:
-        for pattern, replacement in rules:
-            if re.match(pattern, key):
-                return re.sub('^' + pattern.removeprefix('^'), replacement, key, count=1)
-        return key
-
-    return {new_name(key): value for key, value in state.items()}

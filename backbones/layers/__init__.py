@@ -8,12 +8,15 @@ from .norm import NORMS, BatchNorm, JointNorm, LayerNorm, norm_factory
 from .relative_position import RelativePositionBias
 from .rep_norm import PRepBN, RepBN
 from .scale import Scale, drop_path_schedule
+from .token_attention import TOKEN_MIXERS, TokenAttention, build_token_mixer
+from .token_block import TokenBlock
 from .unified_norm import UnifiedNorm
 
 __all__ = [
     'ACTIVATIONS',
     'MIXERS',
     'NORMS',
+    'TOKEN_MIXERS',
     'Attention',
     'BatchNorm',
     'ConvDownsample',
@@ -32,8 +35,11 @@ __all__ = [
     'SepConv',
     'SquaredReLU',
     'StarReLU',
+    'TokenAttention',
+    'TokenBlock',
     'UnifiedNorm',
     'build_mixer',
+    'build_token_mixer',
     'drop_path_schedule',
     'mixer',
     'norm_factory',

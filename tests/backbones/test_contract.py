@@ -19,9 +19,6 @@ from densezoo.backbones import create_model, list_models, load_checkpoint
 from densezoo.backbones.registry import constructor_arguments, model_class
 from densezoo.deploy import export_program
 
-STRIDES = (4, 8, 16, 32)
-
-
 # graphs are traced in the dense form by default, of classifiers too among the slow ones
 DENSE = pytest.mark.parametrize('features_only', [pytest.param(False, marks=pytest.mark.slow), True])
 EACH = pytest.mark.parametrize('name', each_model())
@@ -68,10 +65,10 @@ def test_pyramid_at_any_size(name):
     model = small(name, features_only=True)
     for height, width in sizes_of(model, (32, 32), (33, 65), (200, 264)):
         maps = model(images(model, 1, (height, width)))
-        assert model.feature_info.reduction() == list(STRIDES)
+        assert model.feature_info.reduction() == list(model.strides)
         channels = model.feature_info.channels()
         assert [tuple(m.shape) for m in maps] == [
-            (1, c, -(-height // s), -(-width // s)) for c, s in zip(channels, STRIDES, strict=True)
+            (1, c, -(-height // s), -(-width // s)) for c, s in zip(channels, model.strides, strict=True)
         ]
         assert all(m.isfinite().all() for m in maps)
 
@@ -103,11 +100,12 @@ def test_batch_equals_single_images(name, features_only):
 @torch.no_grad()
 def test_maps_are_contiguous_at_stage_borders(name):
     model, seen = small(name, features_only=True), []
-    for stage in model.stages:
-        stage[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    groups = model.block_names()
+    for group in groups:
+        model.get_submodule(group[0]).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     model(images(model))
-    assert len(seen) == 4
-    assert all(m.is_contiguous() and m.shape[-1] == c for m, c in zip(seen, model.feature_info.channels(), strict=True))
+    assert len(seen) == len(groups) >= 3
+    assert all(m.is_contiguous() and m.shape[-1] in model.feature_info.channels() for m in seen)
 
 
 @EACH
@@ -118,16 +116,18 @@ def test_classifier_interface(name):
     logits = model(x)
     assert logits.shape == (2, 7)
     features = model.forward_features(x)
-    assert features.shape[1] == model.num_features == model.feature_info.channels()[-1]
+    channels = features.shape[1 if features.ndim == 4 else -1]  # a map, or tokens
+    assert channels == model.num_features == model.feature_info.channels()[-1]
     close(model.forward_head(features), logits)
     assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
     last, maps = model.forward_intermediates(x)
-    assert len(maps) == 4
+    assert len(maps) == len(model.feature_info.out_indices) >= 3
+    assert [m.shape[1] for m in maps] == model.feature_info.channels()
     close(last, features)
-    close(model.forward_intermediates(x, [1, 3], intermediates_only=True), [maps[1], maps[3]])
+    close(model.forward_intermediates(x, [1, -1], intermediates_only=True), [maps[1], maps[-1]])
     nhwc = model.forward_intermediates(x, 1, output_fmt='NHWC', intermediates_only=True)
     close(nhwc[0].permute(0, 3, 1, 2), maps[-1])
-    assert model.get_classifier().out_features == 7
+    assert all(layer.out_features == 7 for layer in as_list(model.get_classifier()))
     model.reset_classifier(5)
     assert model(x).shape == (2, 5) and model.num_classes == 5
     model.reset_classifier(0)
@@ -168,7 +168,7 @@ def test_gradient_to_every_parameter(name, features_only):
 @EACH
 def test_out_indices_build_what_they_need(name):
     model = small(name, features_only=True, out_indices=(1, 2)).train()
-    assert model.feature_info.reduction() == [8, 16]
+    assert model.feature_info.reduction() == list(model.strides[1:3])
     maps = model(images(model))
     assert [m.shape[1] for m in maps] == model.feature_info.channels()
     sum(m.square().sum() for m in maps).backward()
@@ -253,7 +253,8 @@ def test_checkpointing_changes_nothing(name):
     model = small(name, features_only=True).train()
     x = images(model)
     gradients, calls = [], []
-    model.stages[1][0].register_forward_pre_hook(lambda module, inputs: calls.append(1))
+    first = model.get_submodule(model.block_names()[1][0])
+    first.register_forward_pre_hook(lambda module, inputs: calls.append(1))
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
         model.zero_grad(set_to_none=True)
@@ -270,11 +271,14 @@ def test_parameter_groups(name):
         for coarse in (False, True):
             layers = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
             assert layers.keys() == {key for key, _ in model.named_parameters()}
-            blocks = sum(len(stage) for stage in model.stages)
-            assert max(layers.values()) + 1 <= 2 + (len(model.stages) if coarse else blocks)
-            first = [min(layer for key, layer in layers.items() if key.startswith(f'stages.{s}.')) for s in range(4)]
+            groups = model.block_names()
+            blocks = [name for group in groups for name in group]
+            assert max(layers.values()) + 1 <= 2 + len(groups if coarse else blocks)
+            own = {name: {i for key, i in layers.items() if key.startswith(f'{name}.')} for name in blocks}
+            assert all(len(ids) == 1 for ids in own.values())
+            first = [min(own[group[0]]) for group in groups]
             assert min(layers.values()) < first[0] and first == sorted(set(first))
-            last_block = max(layer for key, layer in layers.items() if key.startswith('stages.'))
+            last_block = max(own[blocks[-1]])
             assert all(layer == last_block for key, layer in layers.items() if key.startswith('norm.'))
             assert all(
                 layer == max(layers.values())
@@ -291,7 +295,8 @@ def test_parameter_groups(name):
 def test_drop_path_schedule(name):
     model = small(name, drop_path_rate=0.3)
     rates = [m.drop_prob for m in model.modules() if type(m).__name__ == 'DropPath']
-    assert rates and rates[0] == 0 and rates[-1] == pytest.approx(0.3) and rates == sorted(rates)
+    assert rates and rates[-1] == pytest.approx(0.3) and rates == sorted(rates)
+    assert rates[0] == (0 if model.drop_path_rises else rates[-1])
     x = images(model)
     assert torch.equal(model(x), model(x))  # evaluation drops nothing
     assert model.train()(x).shape == (2, 7)
@@ -304,7 +309,8 @@ def test_metadata_and_parameters(name):
     cfg, published = model.default_cfg, model.metadata
     assert cfg['architecture'] == name
     assert model.get_submodule(cfg['first_conv']).in_channels == 3
-    assert model.get_submodule(cfg['classifier']) is model.get_classifier()
+    named = [model.get_submodule(name) for name in as_list(cfg['classifier'])]
+    assert all(a is b for a, b in zip(named, as_list(model.get_classifier()), strict=True))
     assert published['licence'] and published['paper'].startswith('https://arxiv.org/')
     assert (name in list_models(pretrained=True)) == bool(cfg.get('url') or published['page'])
     millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -330,4 +336,5 @@ def test_known_to_timm(name):
     if timm.models.model_entrypoint(name).__module__ == 'densezoo.backbones.timm_entries':
         with torch.device('meta'):
             model = timm.create_model(name, features_only=True, out_indices=(2, 3))
-        assert type(model).__module__.startswith('densezoo.') and model.feature_info.reduction() == [16, 32]
+        assert type(model).__module__.startswith('densezoo.')
+        assert model.feature_info.reduction() == list(model.strides[2:])

@@ -25,6 +25,8 @@ DEFAULT_MODELS = (
     'tiny_vit_5m_224',
     'efficientvit_cls_b1',
     'efficientvit_cls_l1',
+    'deit_tiny_patch16_224',
+    'cait_xxs24_224',
 )
 
 

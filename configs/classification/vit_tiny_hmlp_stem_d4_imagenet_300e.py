@@ -1,0 +1,19 @@
+"""ViT-Ti of four blocks with the hMLP stem on ImageNet-1k: DeiT's recipe (1024 images, AdamW 1e-3)."""
+
+from mmengine.config import read_base
+
+from densezoo.backbones import create_model
+from densezoo.heads import OwnClassifier
+from densezoo.train import ImageClassifier, Preprocess
+
+with read_base():
+    from .._base_.imagenet_300e import *
+
+model = dict(
+    type=ImageClassifier,
+    backbone=dict(type=create_model, name='vit_tiny_hmlp_stem_d4', drop_path_rate=0.0),
+    head=dict(type=OwnClassifier, num_classes=1000, label_smoothing=0.1),
+    preprocess=dict(type=Preprocess, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375)),
+)
+
+# no figure was published; not trained here
