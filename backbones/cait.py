@@ -54,14 +54,8 @@ class TalkingHeads(nn.Module):
 
     @staticmethod
     def _mix(x: Tensor, linear: nn.Linear) -> Tensor:
-        """The linear layer across the heads of (B, h, N, M), without moving them to the last dimension."""
-        B, heads, N, M = x.shape
-        mixed = torch.baddbmm(
-            linear.bias[:, None].to(x.dtype),
-            linear.weight.to(x.dtype).expand(B, -1, -1),
-            x.reshape(B, heads, N * M),
-        )
-        return mixed.view(B, heads, N, M)
+        """The linear layer across the heads of (B, h, N, M): a 1x1 convolution, so that no head moves."""
+        return F.conv2d(x, linear.weight[:, :, None, None], linear.bias)
 
 
 TOKEN_MIXERS['talking_heads'] = TalkingHeads
@@ -134,6 +128,7 @@ class CaiT(Plain):
     drop_path_rises = False
     prefix_in_blocks = False
     classifier_keys = ('norm.', 'head.', 'cls_token', 'blocks_token_only.')
+    cls_token: nn.Parameter
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ form is ours: a simple feature pyramid.
 
 # B batch, N tokens, C channels, H W size of the grid, K classes
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
@@ -20,8 +20,9 @@ from .backbone import rename
 from .layers import Mlp, TokenBlock, build_token_mixer, drop_path_schedule, norm_factory
 from .layers.heads import HeadFactory
 from .layers.patches import build_stem
+from .layers.path_ensemble import PathEnsemble
 from .layers.positions import PositionTable
-from .plain import Plain, block_windows, check_plain, grid_of
+from .plain import Grid, Plain, block_windows, check_plain, grid_of
 from .registry import register, weights
 
 _log = logging.getLogger('densezoo')
@@ -67,6 +68,9 @@ class DeiT(Plain):
         distilled: a distillation token and a second head.
         class_position: prefix tokens have positions too.
         constant_drop_path: all blocks drop at `drop_path_rate`; otherwise the rate rises to it.
+        path_scale: start value of EnsembleScale, learnable weights of what each branch adds to the last block's output;
+            None has none. See `layers.path_ensemble`.
+        pruned_paths: numbers of the paths left out of that sum.
         window_size: side of the windows that patches attend within, for large images in dense form; None for none.
         global_blocks: blocks without windows, four evenly spaced ones if None.
         pyramid_dim: channels of the dense form's maps for heads without a neck, see `Plain.assemble`.
@@ -93,6 +97,8 @@ class DeiT(Plain):
         distilled: bool = False,
         class_position: bool = True,
         constant_drop_path: bool = False,
+        path_scale: float | None = None,
+        pruned_paths: Sequence[int] = (),
         window_size: int | None = None,
         global_blocks: Sequence[int] | None = None,
         pyramid_dim: int | None = None,
@@ -128,6 +134,11 @@ class DeiT(Plain):
             )
             for window, rate in zip(block_windows(depth, window_size, global_blocks), rising)
         ]
+        self.path_ensemble = (
+            PathEnsemble(depth=depth, dim=dim, pruned=pruned_paths, init=path_scale)
+            if path_scale is not None or pruned_paths
+            else None
+        )
         head: str | HeadFactory = DistilledHead if distilled else 'linear'
         self.assemble(
             dim=dim,
@@ -153,6 +164,25 @@ class DeiT(Plain):
         )
         self.apply(self.init_weights)
         self.init_prefix()
+
+    def run_blocks(
+        self, x: Tensor, grid: Grid, wanted: Collection[int] = (), last: int | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As in `Plain`; with weighed or pruned paths the sum of those, where all blocks run."""
+        paths = self.path_ensemble
+        if paths is None:
+            return super().run_blocks(x, grid, wanted, last)
+        total, kept = paths.add(None, 0, x), []
+        for i, block in enumerate(self.blocks):
+            mixed: Tensor = self._call(block.mix_tokens, x, grid)  # type: ignore[arg-type]
+            after: Tensor = self._call(block.mix_channels, mixed)  # type: ignore[arg-type]
+            total = paths.add(paths.add(total, 2 * i + 1, mixed - x), 2 * i + 2, after - mixed)
+            x = after
+            if i in wanted:
+                kept.append(x)
+            if i == last:
+                break
+        return (x if total is None else total), kept
 
     def pool(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, C); for two heads (B, 2, C)."""

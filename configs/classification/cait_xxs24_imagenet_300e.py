@@ -1,4 +1,4 @@
-"""CaiT-XXS24 on ImageNet-1k: DeiT's recipe (1024 images, AdamW 1e-3), without distillation; the authors train longer."""
+"""CaiT-XXS24 on ImageNet-1k: DeiT's recipe (1024 images, AdamW 1e-3), without distillation; theirs is longer."""
 
 from mmengine.config import read_base
 

@@ -148,8 +148,8 @@ def test_patches_see_their_window_alone_and_prefix_tokens_see_all():
 
 @torch.no_grad()
 def test_windows_export_with_dynamic_sizes():
-    model = small(features_only=True, window_size=2, global_blocks=(1,))
-    assert [block.attn.window_size for block in model.blocks] == [2, None, 2]
+    model = small(features_only=True, window_size=2, global_blocks=(1,), depth=2, out_indices=(2,))
+    assert [block.attn.window_size for block in model.blocks] == [2, None]
     program = export_program(model, image(64, 96), dynamic_batch=True, dynamic_size=True).module()
     for size in ((33, 65), (100, 140)):
         for ours, expected in zip(program(image(*size, 3)), model(image(*size, 3)), strict=True):
@@ -250,6 +250,32 @@ def test_options_from_a_model():
     assert all(block.attn.softmax.alpha == 0.1 and block.attn.key_drop == 0.5 for block in model.blocks)
     model(image()).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+# ---- paths
+
+
+@torch.no_grad()
+def test_all_paths_with_equal_weights_are_the_model():
+    plain, weighed = small(), small(path_scale=1.0)
+    weighed.load_state_dict(plain.state_dict(), strict=False)
+    torch.testing.assert_close(weighed(image()), plain(image()), rtol=1e-4, atol=1e-5)
+    weighed.path_ensemble.scale[3] = 0  # the attention of block 1
+    pruned = small(pruned_paths=(3,))
+    pruned.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(pruned(image()), weighed(image()), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(pruned(image()), plain(image()))
+    raw = [m.forward_intermediates(image(), intermediates_only=True) for m in (plain, pruned)]
+    assert all(torch.equal(a, b) for a, b in zip(*raw, strict=True))  # a pruned path still feeds the longer ones
+
+
+def test_paths_train():
+    model = small(path_scale=0.5, pruned_paths=(0, 2), features_only=True).train()
+    model.set_grad_checkpointing()
+    sum(m.square().sum() for m in model(image())).backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+    with pytest.raises(ValueError, match=r'pruned paths must be numbers from 0 to 5, got \(6,\)'):
+        small(pruned_paths=(6,))
 
 
 # ---- timm's interface
