@@ -82,7 +82,7 @@ def load_checkpoint(
             rest = _split(left_over, model.absent_keys)[1]
             notes[''] = f'left over from the classifier: {_list(rest + cut)}; new in the dense form: {_list(new)}'
     problems = [
-        f'{what}: {_list(keys)}'
+        f'{what}: {_list(keys, 6)}'
         for what, keys in (('missing', missing), ('unexpected', extra), ('of another shape', misfits))
         if keys
     ]

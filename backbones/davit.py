@@ -6,7 +6,7 @@ blocks, spatial and channel, is two places of a stage, so `stages.{s}.{2 * u}` i
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -112,7 +112,7 @@ class DaViT(Hierarchical):
         depths: pairs of blocks of each stage.
         dims: channels of each stage.
         num_heads: of both kinds of attention, one number for all stages or one per stage; None for 32 channels each.
-        window_size: side of the windows.
+        window_size: side of the windows, one for all stages or one per stage.
         mlp_ratio: width of the MLPs over that of the stage.
         qkv_bias: whether query, key and value have biases.
         attention_types: what takes turns in each of `depths`, of 'spatial' and 'channel'.
@@ -128,7 +128,7 @@ class DaViT(Hierarchical):
         depths: Sequence[int] = (1, 1, 3, 1),
         dims: Sequence[int] = (96, 192, 384, 768),
         num_heads: int | Sequence[int] | None = None,
-        window_size: int = 7,
+        window_size: int | Sequence[int] = 7,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         attention_types: Sequence[str] = ('spatial', 'channel'),
@@ -143,23 +143,29 @@ class DaViT(Hierarchical):
         super().__init__()
         depths, dims = check_stages(depths, dims)
         norm = norm_factory('layer_eps5')
-        kinds: dict[str, Callable[..., nn.Module]] = {
-            'spatial': partial(WindowAttention, window_size=window_size, qkv_bias=qkv_bias),
-            'channel': partial(ChannelAttention, qkv_bias=qkv_bias),
-        }
         turns = tuple(attention_types)
-        if not turns or any(turn not in kinds for turn in turns):
+        if not turns or not {'spatial', 'channel'}.issuperset(turns):
             raise ValueError(f"attention_types must be of 'spatial' and 'channel', got {attention_types=}")
+
+        def attention(turn: str, dim: int, heads: int | None, side: int) -> nn.Module:
+            if turn == 'spatial':
+                return WindowAttention(dim=dim, num_heads=heads, window_size=side, qkv_bias=qkv_bias)
+            return ChannelAttention(dim=dim, num_heads=heads, qkv_bias=qkv_bias)
+
         stages = [
             [
                 DaViTBlock(
-                    dim=dim, attention=kinds[turn](dim=dim, num_heads=heads), mlp_ratio=mlp_ratio, drop_path=rate
+                    dim=dim,
+                    attention=attention(turn, dim, heads, side),
+                    mlp_ratio=mlp_ratio,
+                    drop_path=rate,
                 )
                 for rate, turn in zip(rates, itertools.cycle(turns))
             ]
-            for dim, heads, rates in zip(
+            for dim, heads, side, rates in zip(
                 dims,
                 per_stage('num_heads', num_heads),
+                per_stage('window_size', window_size),
                 drop_path_schedule([len(turns) * depth for depth in depths], drop_path_rate),
             )
         ]

@@ -247,7 +247,9 @@ class EfficientViT(Hierarchical):
     ):
         super().__init__()
         depths, dims = check_stages(depths, dims)
-        blocks = per_stage('blocks', tuple(blocks))
+        blocks = per_stage('blocks', blocks)
+        if len(head_widths) != 2 or min(head_widths) < 1:
+            raise ValueError(f'head_widths must be two positive numbers, got {head_widths=}')
         ratios, down_ratios = per_stage('mlp_ratio', mlp_ratio), per_stage('down_ratio', down_ratio)
         fewer = per_stage('fewer_norms', fewer_norms)
         common: dict[str, Any] = {'act': act, 'eps': norm_eps}

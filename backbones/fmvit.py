@@ -218,6 +218,8 @@ class FMViT(Hierarchical):
         depths, dims = check_stages(depths, dims)
         if not 0 < low_ratio < 1:
             raise ValueError(f'low_ratio must be between 0 and 1, got {low_ratio=}')
+        if kernel < 1 or kernel % 2 == 0 or groups < 1:
+            raise ValueError(f'kernel must be odd and groups positive, got {kernel=}, {groups=}')
         stages = []
         for dim, period, heads, reduction, rates in zip(
             dims,
@@ -228,8 +230,10 @@ class FMViT(Hierarchical):
         ):
             low = int(dim * low_ratio)
             heads = max(low // 32, 1) if heads is None else heads
-            if period and low % heads:
+            if heads < 1 or (period and low % heads):
                 raise ValueError(f'num_heads must divide the {low} channels of the low band, got num_heads={heads}')
+            if reduction < 1 or period < 0:
+                raise ValueError(f'reductions must be positive and periods not negative, got {reductions=}, {periods=}')
             blocks = []
             for b, rate in enumerate(rates):
                 if period and ((b + 1) % period == 0 or b + 1 == len(rates)):

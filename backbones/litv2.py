@@ -59,7 +59,7 @@ class HiLo(nn.Module):
             raise ValueError(
                 f'window_size must be positive and alpha from 0 to 1, got window_size={window_size}, alpha={alpha}'
             )
-        self.window_size, self.alpha = window_size, alpha
+        self.num_heads, self.window_size, self.alpha = heads, window_size, alpha
         self.l_heads = int(heads * alpha) if window_size > 1 else heads
         self.h_heads = heads - self.l_heads
         low, high = self.l_heads * dim // heads, self.h_heads * dim // heads

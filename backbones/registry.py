@@ -18,6 +18,7 @@ from timm.models import PretrainedCfg, is_model
 from torch import nn
 
 from . import timm_entries
+from .arguments import check_arguments
 from .backbone import Backbone, normalise_indices
 from .checkpoint import load_checkpoint, load_published
 from .layers.lookup import nearest
@@ -241,6 +242,7 @@ def build(
                 f'{name} has no argument {key}={overrides[key]!r}{nearest(key, accepted)}; '
                 f'it takes {", ".join(accepted)}'
             )
+    check_arguments(arguments, given=overrides, image=cfg.input_size[-2:], strides=entry.cls.strides)
     model = entry.cls(**arguments)
     model.pretrained_cfg = model.default_cfg = cfg.to_dict()
     model.metadata = {**metadata, **({'recipe': dict(entry.recipe)} if entry.recipe else {})}

@@ -55,7 +55,7 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, heads: int, eps:
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
     """Entered only where autocast is on, so that exported graphs have no trace of it."""
-    on = torch.is_autocast_enabled(device)
+    on = device != 'meta' and torch.is_autocast_enabled(device)  # 'meta' has no autocast to ask for
     return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
 
 

@@ -149,7 +149,7 @@ class TinyViT(Hierarchical):
 
     Args:
         depths, dims: blocks and channels of each stage.
-        num_heads: heads of each stage; the first stage has no attention.
+        num_heads: heads, one number for all stages or one per stage; the first stage has no attention.
         window_size: side of the windows, one for all stages or one per stage; the first stage has none.
         mlp_ratio: width of the MLPs over that of the stage.
         conv_ratio: the same of the first stage's convolutions.
@@ -169,7 +169,7 @@ class TinyViT(Hierarchical):
         *,
         depths: Sequence[int] = (2, 2, 6, 2),
         dims: Sequence[int] = (64, 128, 160, 320),
-        num_heads: Sequence[int] = (2, 4, 5, 10),
+        num_heads: int | Sequence[int] = (2, 4, 5, 10),
         window_size: int | Sequence[int] = (7, 7, 14, 7),
         mlp_ratio: float = 4.0,
         conv_ratio: float = 4.0,
@@ -183,7 +183,7 @@ class TinyViT(Hierarchical):
     ):
         super().__init__()
         depths, dims = check_stages(depths, dims)
-        heads, windows = per_stage('num_heads', tuple(num_heads)), per_stage('window_size', window_size)
+        heads, windows = per_stage('num_heads', num_heads), per_stage('window_size', window_size)
         first, *others = drop_path_schedule(depths, drop_path_rate)
         stages: list[list[nn.Module]] = [[MBConv(dim=dims[0], ratio=conv_ratio, drop_path=rate) for rate in first]]
         stages += [

@@ -174,7 +174,9 @@ class Twins(Hierarchical):
         depths, dims = check_stages(depths, dims)
         mixers = per_stage('mixers', mixers)
         in_dense = choose('dense', dense, {'seg': 'mask_if_both', 'det': 'attend'})
-        padding = padding or (in_dense if features_only else 'mask')
+        padding = choose(
+            'padding', padding or (in_dense if features_only else 'mask'), {name: name for name in PADDING}
+        )
         if polyphase and features_only:
             raise ValueError(
                 'polyphase moves maps by up to a stride against the image and each other, so it is for classifiers; '

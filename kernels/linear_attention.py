@@ -69,5 +69,5 @@ def can_run_triton(qkv: Tensor) -> str | None:
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager[None]:
     """Entered only where autocast is on, so that exported graphs have no trace of it."""
-    on = torch.is_autocast_enabled(device)
+    on = device != 'meta' and torch.is_autocast_enabled(device)  # 'meta' has no autocast to ask for
     return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()  # type: ignore[return-value]

@@ -106,6 +106,6 @@ def _cos_sin(frequencies: int, positions: int, size: int, device: torch.device) 
 
 def _full_precision(x: Tensor) -> torch.autocast | nullcontext[None]:
     """No autocast of the products: frequencies add up over the whole map."""
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != 'meta' and torch.is_autocast_enabled(x.device.type):  # 'meta' has no autocast to ask for
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()

@@ -1,6 +1,7 @@
 """Measure ours against a peer, side by side in one run: `python tools/benchmark.py WHAT`, or `densezoo benchmark WHAT`.
 
 python tools/benchmark.py backbones --models poolformer_s12 caformer_s18    # against timm
+python tools/benchmark.py backbones --authors HorNet                        # against a checkout of the authors' code
 python tools/benchmark.py window                                            # shifted windows against timm's
 python tools/benchmark.py hilo --authors LITv2                             # against attention of the same width
 python tools/benchmark.py loop                                              # against a bare PyTorch loop
@@ -25,8 +26,9 @@ def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(prog='densezoo benchmark', description='Measure ours against a peer.')
     arguments.add_argument('--json', action='store_true', help='print JSON instead of a table')
     what = arguments.add_subparsers(dest='what', required=True)
-    backbones = what.add_parser('backbones', help='forward passes against timm')
+    backbones = what.add_parser('backbones', help="forward passes against timm or the authors' models")
     backbones.add_argument('--models', nargs='+', help='model names (default: one of each family)')
+    backbones.add_argument('--authors', metavar='DIR', help="a checkout of an authors' repository, instead of timm")
     backbones.add_argument('--batch', type=int, default=8)
     backbones.add_argument('--size', type=int, default=224)
     backbones.add_argument('--repeats', type=int, default=8)
