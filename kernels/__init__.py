@@ -1,6 +1,6 @@
 """Tensor operations: a PyTorch reference for each, faster kernels where they exist, one dispatcher."""
 
-from .dispatch import use
+from .dispatch import Choice, explain, record_choices, use
 from .global_filter import global_filter, resample_filter
 from .hilo import hilo_attention
 from .linear_attention import relu_linear_attention
@@ -9,10 +9,13 @@ from .pool_mixer import pool_mixer
 from .window_attention import window_attention
 
 __all__ = [
+    'Choice',
+    'explain',
     'global_filter',
     'hilo_attention',
     'long_convolution',
     'pool_mixer',
+    'record_choices',
     'relu_linear_attention',
     'resample_filter',
     'use',
