@@ -50,7 +50,7 @@ def block_sparse_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     refusals = {
         'triton': can_run_triton(q, k, v, block),
-        'gather': _can_gather(mask),
+        'gather': _can_gather(mask) if backend is None else 'backend= names another',
         'torch': None,
     }
     chosen = select('block_sparse_attention', backend, refusals)

@@ -1,4 +1,4 @@
-"""Compiles Triton kernels for a GPU on a machine without one: the launches of an operation on fake CUDA tensors.
+"""Compiles Triton kernels for a GPU on a machine without one: the launches of an operation on fake tensors.
 
 What the interpreter takes the compiler may refuse (types of loop variables, shapes that are not powers of two, shared
 memory): this is the other half of the proof that a kernel runs on a GPU.
@@ -26,7 +26,10 @@ _NAMES = {
 
 
 def launches(call: Callable[[], Any], monkeypatch: Any, modules: tuple[str, ...]) -> list[tuple[Any, tuple, dict]]:
-    """(kernel, arguments, constants) of every launch that `call` makes on fake CUDA tensors."""
+    """(kernel, arguments, constants) of every launch that `call` makes on fake tensors.
+
+    They are on the CPU, where gradients need no driver; the dispatcher takes them as it does for the interpreter.
+    """
     found: list[tuple[Any, tuple, dict]] = []
 
     def note(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
@@ -35,7 +38,8 @@ def launches(call: Callable[[], Any], monkeypatch: Any, modules: tuple[str, ...]
     for name in modules:
         importlib.import_module(f'densezoo.kernels.{name}')
         monkeypatch.setattr(sys.modules[f'densezoo.kernels.{name}'], 'launch', note)
-    with FakeTensorMode(), torch.device('cuda'):
+    monkeypatch.setattr('densezoo.kernels.dispatch.interpreting', lambda: True)
+    with FakeTensorMode():
         call()
     return found
 
