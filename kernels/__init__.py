@@ -1,20 +1,41 @@
 """Tensor operations: a PyTorch reference for each, faster kernels where they exist, one dispatcher."""
 
-from .dispatch import use
+from .block_sparse import block_sparse_attention
+from .dispatch import Choice, explain, record_choices, use
 from .global_filter import global_filter, resample_filter
 from .hilo import hilo_attention
 from .linear_attention import relu_linear_attention
 from .long_convolution import long_convolution
+from .neighborhood import neighborhood_attention
 from .pool_mixer import pool_mixer
+from .sparse_window import sparse_window_attention
+from .token_merge import Matching, match_every_kth, match_tokens, merge_source, token_merge, token_unmerge
 from .window_attention import window_attention
+from .windows import Sets, Windows, build_windows, rotated_sets
 
 __all__ = [
+    'Choice',
+    'Matching',
+    'Sets',
+    'Windows',
+    'block_sparse_attention',
+    'build_windows',
+    'explain',
     'global_filter',
     'hilo_attention',
     'long_convolution',
+    'match_every_kth',
+    'match_tokens',
+    'merge_source',
+    'neighborhood_attention',
     'pool_mixer',
+    'record_choices',
     'relu_linear_attention',
     'resample_filter',
+    'rotated_sets',
+    'sparse_window_attention',
+    'token_merge',
+    'token_unmerge',
     'use',
     'window_attention',
 ]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import select
+from .dispatch import refuse_triton, select
 from .window_attention import window_attention
 
 
@@ -52,7 +52,9 @@ def hilo_attention(
     """
     _check(qkv, query, key_value, window, heads, outside)
     scale = (qkv.shape[-1] // 3 // heads[0]) ** -0.5 if scale is None else scale
-    select('hilo_attention', backend, {'triton': can_run_triton(qkv), 'torch': None})
+    refusals = {'triton': can_run_triton(qkv, query, key_value, window, heads, outside), 'torch': None}
+    if select('hilo_attention', backend, refusals) == 'triton':
+        return _triton(qkv, query, key_value, window, heads=heads, scale=scale, outside=outside)
     return hilo_attention_reference(qkv, query, key_value, window, heads=heads, scale=scale, outside=outside)
 
 
@@ -77,7 +79,7 @@ def hilo_attention_reference(
 def _high(qkv: Tensor, window: int, heads: int, scale: float, outside: Tensor | None) -> Tensor:
     """Attention in windows of few positions, as batched products: on a CPU a little faster than fused attention."""
     if outside is None:  # padded positions are masked
-        return window_attention(qkv, window, heads=heads, scale=scale)
+        return window_attention(qkv, window, heads=heads, scale=scale, backend='torch')
     B, H, W, C3 = qkv.shape
     rows, cols = (H + window - 1) // window, (W + window - 1) // window
     Hp, Wp = rows * window, cols * window
@@ -96,9 +98,37 @@ def _high(qkv: Tensor, window: int, heads: int, scale: float, outside: Tensor | 
     return out.narrow(1, 0, H).narrow(2, 0, W).clone(memory_format=torch.contiguous_format)
 
 
-def can_run_triton(qkv: Tensor) -> str | None:
+def _triton(
+    qkv: Tensor,
+    query: Tensor,
+    key_value: Tensor,
+    window: int,
+    *,
+    heads: tuple[int, int],
+    scale: float,
+    outside: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Both branches read their maps as they lie: the windows kernel, and all positions as one group of queries."""
+    from .triton_ragged import ragged_attention  # Triton is imported where it is used
+
+    high = window_attention(qkv, window, heads=heads[0], scale=scale, outside=outside, backend='triton')
+    B, H, W, C = query.shape
+    key, value = key_value.flatten(1, 2).unflatten(2, (2, heads[1], -1)).unbind(2)
+    ends = [torch.tensor([0, count], device=query.device) for count in (H * W, key.shape[1])]
+    queries = query.flatten(1, 2).unflatten(2, (heads[1], -1))
+    low = ragged_attention(queries, key, value, *ends, longest=(H * W, key.shape[1]), scale=scale)
+    return high, low.reshape(B, H, W, C)
+
+
+def can_run_triton(
+    qkv: Tensor, query: Tensor, key_value: Tensor, window: int, heads: tuple[int, int], outside: Tensor | None
+) -> str | None:
     """Why Triton cannot take this call."""
-    return 'no Triton kernel is written for it'
+    if window > 64:
+        return f'windows are {window} positions wide, and the kernels take up to 64'
+    tensors = {'qkv': qkv, 'query': query, 'key_value': key_value, 'outside': outside}
+    width = max(qkv.shape[-1] // 3 // heads[0], query.shape[-1] // heads[1])
+    return refuse_triton(tensors, width=width)
 
 
 def _check(

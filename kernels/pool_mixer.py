@@ -8,7 +8,7 @@ Source: MetaFormer Is Actually What You Need for Vision, arXiv 2111.11418, equat
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import select
+from .dispatch import refuse_triton, select
 
 # (weight (C,), bias (C,) or None, eps) of a normalisation over H, W and C jointly
 JointNorm = tuple[Tensor, Tensor | None, float]
@@ -38,7 +38,10 @@ def pool_mixer(x: Tensor, pool_size: int = 3, *, norm: JointNorm | None = None, 
         raise ValueError(
             f'the weight of norm must be ({x.shape[-1]},), one value per channel, got {tuple(norm[0].shape)}'
         )
-    select('pool_mixer', backend, {'triton': can_run_triton(x), 'torch': None})
+    if select('pool_mixer', backend, {'triton': can_run_triton(x, norm), 'torch': None}) == 'triton':
+        from .triton_pool import pool_mixer_triton  # Triton is imported where it is used
+
+        return pool_mixer_triton(x, pool_size, norm=norm)
     return pool_mixer_reference(x, pool_size, norm=norm)
 
 
@@ -52,6 +55,6 @@ def pool_mixer_reference(x: Tensor, pool_size: int = 3, *, norm: JointNorm | Non
     return pooled.sub_(maps).permute(0, 2, 3, 1)  # in place: neither step's gradient needs its result
 
 
-def can_run_triton(x: Tensor) -> str | None:
+def can_run_triton(x: Tensor, norm: JointNorm | None) -> str | None:
     """Why Triton cannot take this call."""
-    return 'no Triton kernel is written for it'
+    return refuse_triton({'x': x, "norm's weight": None if norm is None else norm[0]})

@@ -9,19 +9,26 @@ right up to whole windows), then shifted: window (a, b) holds the rows a * wh + 
 at the bottom come back at the top, as do columns; parts of a window that were not neighbours do not see each other.
 With a dilation d, windows take every d-th row and column, so that a window spans d * wh x d * ww positions.
 
+With `cosine` (Swin v2), q and k are first divided by their norms, and cosine[head] takes the place of scale.
+
 Layout: qkv (B, H, W, 3C), channels ordered (q | k | v, head, d); out (B, H, W, C). Any H, W >= 1, windows larger than
 the map too.
-Source: Swin Transformer, arXiv 2103.14030; long-distance attention: CrossFormer, arXiv 2108.00154.
+Source: Swin Transformer, arXiv 2103.14030; cosine attention: Swin Transformer V2, arXiv 2111.09883; long-distance
+attention: CrossFormer, arXiv 2108.00154.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import select
+from .dispatch import refuse_triton, select
 from .window_parts import window_attention_in_parts
 
 Size = int | tuple[int, int]
+_MOST = 4096  # positions of a window that the Triton kernels take
 
 
 def window_attention(
@@ -35,6 +42,7 @@ def window_attention(
     outside: Tensor | None = None,
     pad: tuple[int, int] = (0, 0),
     dilation: int = 1,
+    cosine: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Shifted-window attention on a map.
@@ -50,20 +58,31 @@ def window_attention(
         pad: rows above and columns to the left of the map, fewer than a window; the rest of the padding goes below
             and to the right.
         dilation: distance of neighbours in a window.
+        cosine: (heads,), the factors of the products of queries and keys of norm 1; without it no norm is taken.
         backend: None chooses; 'torch' or 'triton' insists.
 
     Returns:
         (B, H, W, C) of the type of qkv.
 
     Raises:
-        ValueError: a shape does not fit, a shift or pad is not below its window, or the backend cannot take the call.
+        ValueError: a shape or device does not fit, a shift or pad is not below its window, both scale and cosine are
+            given, or the backend cannot take the call.
     """
     window, shift = _pair(window), _pair(shift)
-    _check(qkv, window, shift, heads, bias, outside, pad, dilation)
+    _check(qkv, window, shift, heads, bias, outside, pad, dilation, scale, cosine)
     scale = (qkv.shape[-1] // 3 // heads) ** -0.5 if scale is None else scale
-    select('window_attention', backend, {'triton': can_run_triton(qkv), 'torch': None})
-    attend = window_attention_in_parts if _can_run_in_parts(qkv, bias, outside) else window_attention_reference
-    return attend(qkv, window, shift, heads=heads, bias=bias, scale=scale, outside=outside, pad=pad, dilation=dilation)
+    refusals = {'triton': can_run_triton(qkv, window, heads, bias, outside, cosine), 'torch': None}
+    attend: Callable[..., Tensor]
+    if select('window_attention', backend, refusals) == 'triton':
+        from .triton_window import window_attention_triton  # Triton is imported where it is used
+
+        attend = window_attention_triton
+    elif _can_run_in_parts(qkv, bias, outside, cosine):
+        attend = window_attention_in_parts
+    else:
+        attend = window_attention_reference
+    options: dict[str, Any] = {'bias': bias, 'outside': outside, 'pad': pad, 'dilation': dilation, 'cosine': cosine}
+    return attend(qkv, window, shift, heads=heads, scale=scale, **options)
 
 
 def window_attention_reference(
@@ -77,6 +96,7 @@ def window_attention_reference(
     outside: Tensor | None,
     pad: tuple[int, int],
     dilation: int,
+    cosine: Tensor | None = None,
 ) -> Tensor:
     """The definition in plain PyTorch: pad, roll, cut into windows, attend, and back."""
     B, H, W, C3 = qkv.shape
@@ -99,11 +119,15 @@ def window_attention_reference(
     # (3, B, windows, heads, N, channels) in memory: one copy
     x = x.reshape(B, rows, wh, d, cols, ww, d, 3, heads, C3 // 3 // heads)
     x = x.permute(7, 0, 1, 3, 4, 6, 8, 2, 5, 9).reshape(3, B, rows * d * cols * d, heads, wh * ww, -1)
+    query, key, value = x.unbind(0)
+    if cosine is not None:
+        query, key = F.normalize(query, dim=-1) * cosine[:, None, None].to(qkv.dtype), F.normalize(key, dim=-1)
+        scale = 1.0
     mask = None if bias is None else bias.to(qkv.dtype)
     if shift == (0, 0) and outside is not None:
-        query, key, value = x.flatten(1, 2).unbind(0)  # one bias for all windows
+        query, key, value = (t.flatten(0, 1) for t in (query, key, value))  # one bias for all windows
     else:
-        query, key, value = x.flatten(2, 3).unbind(0)  # one mask for all images
+        query, key, value = (t.flatten(1, 2) for t in (query, key, value))  # one mask for all images
         vertical, inside_vertical = _labels(Hp, shift[0] * d, top, H, qkv.device)
         horizontal, inside_horizontal = _labels(Wp, shift[1] * d, left, W, qkv.device)
         label = vertical[:, None] * 2 + horizontal
@@ -126,9 +150,19 @@ def window_attention_reference(
     return out[:, top : top + H, left : left + W].clone(memory_format=torch.contiguous_format)
 
 
-def can_run_triton(qkv: Tensor) -> str | None:
+def can_run_triton(
+    qkv: Tensor,
+    window: tuple[int, int],
+    heads: int,
+    bias: Tensor | None,
+    outside: Tensor | None,
+    cosine: Tensor | None,
+) -> str | None:
     """Why Triton cannot take this call."""
-    return 'no Triton kernel is written for it'
+    if window[0] * window[1] > _MOST:
+        return f'windows have {window[0] * window[1]} positions, and the kernels take up to {_MOST}'
+    tensors = {'qkv': qkv, 'bias': bias, 'outside': outside, 'cosine': cosine}
+    return refuse_triton(tensors, width=qkv.shape[-1] // 3 // heads)
 
 
 def _can_run_in_parts(*tensors: Tensor | None) -> bool:
@@ -159,6 +193,8 @@ def _check(
     outside: Tensor | None,
     pad: tuple[int, int],
     dilation: int,
+    scale: float | None,
+    cosine: Tensor | None,
 ) -> None:
     if qkv.ndim != 4:
         raise ValueError(f'qkv must be (B, H, W, 3C), got {tuple(qkv.shape)=}')
@@ -175,3 +211,10 @@ def _check(
         raise ValueError(f'bias must be (heads, N, N) = {(heads, N, N)}, got {tuple(bias.shape)=}')
     if outside is not None and tuple(outside.shape) != (qkv.shape[-1],):
         raise ValueError(f'outside must be ({qkv.shape[-1]},), one row of qkv, got {tuple(outside.shape)=}')
+    if cosine is not None and tuple(cosine.shape) != (heads,):
+        raise ValueError(f'cosine must be ({heads},), one factor per head, got {tuple(cosine.shape)=}')
+    if cosine is not None and scale is not None:
+        raise ValueError(f'cosine takes the place of scale; pass one of them, got {scale=}')
+    for name, tensor in (('bias', bias), ('outside', outside), ('cosine', cosine)):
+        if tensor is not None and tensor.device != qkv.device:
+            raise ValueError(f'{name} must be where qkv is, on {qkv.device}, got {name} on {tensor.device}')

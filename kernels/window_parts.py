@@ -89,6 +89,7 @@ def window_attention_in_parts(
     outside: Tensor | None,
     pad: tuple[int, int],
     dilation: int,
+    cosine: Tensor | None = None,
 ) -> Tensor:
     """See `window_attention`."""
     B, H, W, C3 = qkv.shape
@@ -108,6 +109,7 @@ def window_attention_in_parts(
                 mask=_mask(rows, cols, window, dilation, bias, qkv),
                 scale=scale,
                 outside=outside,
+                cosine=None if cosine is None else cosine.to(qkv.dtype)[:, None, None],
             )
             if dilation == 1 or (rows.whole and cols.whole):
                 attend(qkv, out, rows, cols)
@@ -128,6 +130,7 @@ def _attend(
     mask: Tensor | None,
     scale: float,
     outside: Tensor | None,
+    cosine: Tensor | None,
 ) -> None:
     """Attends within the windows of one part of `source` (B, H, W, 3C) and writes to their places in `target`."""
     (wh, ww), (B, _, _, C3) = window, source.shape
@@ -146,6 +149,8 @@ def _attend(
             for there, sizes, here in pieces:
                 _as_map(windows)[here] = source[images][there].unflatten(2, sizes[1]).unflatten(1, sizes[0])
             query, key, value = windows.view(-1, wh * ww, 3, heads, C3 // 3 // heads).permute(2, 0, 3, 1, 4).unbind(0)
+            if cosine is not None:
+                query, key, scale = F.normalize(query, dim=-1) * cosine, F.normalize(key, dim=-1), 1.0
             each_mask = mask
             if mask is not None and mask.ndim > 4:  # (d, d, heads, N, N): one for each phase of the dilation
                 phases = mask[:, None].expand(*windows.shape[:5], *mask.shape[2:])

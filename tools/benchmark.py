@@ -3,6 +3,7 @@
 python tools/benchmark.py backbones --models poolformer_s12 caformer_s18    # against timm
 python tools/benchmark.py backbones --authors HorNet                        # against a checkout of the authors' code
 python tools/benchmark.py window                                            # shifted windows against timm's
+python tools/benchmark.py kernels --device cuda --dtype float16 --train     # every operation against its peers
 python tools/benchmark.py hilo --authors LITv2                             # against attention of the same width
 python tools/benchmark.py loop                                              # against a bare PyTorch loop
 python tools/benchmark.py pipeline --workers 2                              # against torchvision's reference pipeline
@@ -39,6 +40,17 @@ def parser() -> argparse.ArgumentParser:
     window.add_argument('--size', type=int, nargs=2, action='append', dest='sizes', metavar=('HEIGHT', 'WIDTH'))
     window.add_argument('--repeats', type=int, default=8)
     window.add_argument('--device', default='cpu')
+    kernels = what.add_parser('kernels', help='the operations of densezoo.kernels against their peers')
+    kernels.add_argument('--device', default='cpu', help="'cuda' runs the Triton kernels")
+    kernels.add_argument('--dtype', choices=('float32', 'float16', 'bfloat16'), default='float32')
+    kernels.add_argument('--batch', type=int, default=8)
+    kernels.add_argument('--sizes', type=int, nargs='+', metavar='SIDE', help='of images (default: 224 512 1024)')
+    kernels.add_argument('--model', choices=('tiny', 'base'), help="whose stages' widths (default: tiny)")
+    kernels.add_argument(
+        '--operations', nargs='+', choices=('window', 'sparse', 'blocks', 'neighborhood', 'pool', 'match')
+    )
+    kernels.add_argument('--repeats', type=int, default=10)
+    kernels.add_argument('--train', action='store_true', help='time forward and backward too')
     hilo = what.add_parser('hilo', help='HiLo attention against spatial-reduction and window attention, one core')
     hilo.add_argument('--repeats', type=int, default=200)
     hilo.add_argument('--authors', metavar='DIR', help="a checkout of the authors' repository, to compare with too")
@@ -68,6 +80,10 @@ def measure(options: dict[str, Any]) -> list[dict[str, Any]]:
         from densezoo.tools.benchmarks import window
 
         return [comparison.row() for comparison in window.run(**given)]
+    if what == 'kernels':
+        from densezoo.tools.benchmarks import kernels
+
+        return [comparison.row() for comparison in kernels.run(**given)]
     if what == 'hilo':
         from densezoo.tools.benchmarks import hilo
 
@@ -91,14 +107,28 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows as a Markdown table; times in milliseconds."""
     if rows[0].get('ours_bytes') is not None:
         lines = [
-            '| what | ours, ms | peer, ms | peer | ratio | ours, MB | peer, MB |',
-            '|---|---:|---:|---|---:|---:|---:|',
+            '| what | ours, ms | peer, ms | peer | ratio | ours, MB | peer, MB | linear layers, ms | ratio without |',
+            '|---|---:|---:|---|---:|---:|---:|---:|---:|',
         ]
         lines += [
             f'| {row["name"]} | {row["ours"] * 1e3:.2f} | {row["peer"] * 1e3:.2f} | {row["peer_name"]} '
-            f'| {row["ratio"]:.2f} | {row["ours_bytes"] / 1e6:.1f} | {row["peer_bytes"] / 1e6:.1f} |'
+            f'| {row["ratio"]:.2f} | {row["ours_bytes"] / 1e6:.1f} | {row["peer_bytes"] / 1e6:.1f} '
+            f'| {row["shared"] * 1e3:.2f} | {(row["peer"] - row["shared"]) / (row["ours"] - row["shared"]):.2f} |'
             for row in rows
         ]
+    elif rows[0].get('floor_bytes') is not None:
+        lines = [
+            f'| what ({rows[0]["device"]}) | ours, ms | peer, ms | peer | ratio | floor, MB | floor, GFLOP '
+            '| of copy bandwidth |',
+            '|---|---:|---:|---|---:|---:|---:|---:|',
+        ]
+        for row in rows:
+            share = '' if row['bandwidth_share'] is None else f'{row["bandwidth_share"]:.0%}'
+            lines.append(
+                f'| {row["name"]} | {row["ours"] * 1e3:.3f} | {row["peer"] * 1e3:.3f} | {row["peer_name"]} '
+                f'| {row["ratio"]:.2f} | {row["floor_bytes"] / 1e6:.2f} | {row["floor_operations"] / 1e9:.3f} '
+                f'| {share} |'
+            )
     elif 'ratio' in rows[0]:
         lines = ['| what | ours, ms | peer, ms | peer | ratio |', '|---|---:|---:|---|---:|']
         lines += [

@@ -53,7 +53,10 @@ def test_norm_is_applied_first(bias):
             {'x': torch.zeros(1, 2, 2, 3), 'norm': (torch.ones(4), None, 1e-5)},
             r'weight of norm must be \(3,\).*got \(4,\)',
         ),
-        ({'x': torch.zeros(1, 2, 2, 3), 'backend': 'cuda'}, "backend must be one of triton, torch, got backend='cuda'"),
+        (
+            {'x': torch.zeros(1, 2, 2, 3), 'backend': 'cuda'},
+            "backend must be one of auto, triton, torch, got backend='cuda'",
+        ),
         (
             {'x': torch.zeros(1, 2, 2, 3), 'backend': 'triton'},
             "cannot run with backend='triton': .*use backend='torch'",

@@ -41,7 +41,7 @@ HEADS, DIM = 2, 3  # per head
 
 
 def among_all_positions(
-    qkv, window, shift=(0, 0), *, heads, bias=None, scale=None, outside=None, pad=(0, 0), dilation=1
+    qkv, window, shift=(0, 0), *, heads, bias=None, scale=None, outside=None, pad=(0, 0), dilation=1, cosine=None
 ):
     """Attention of each position of the padded map to every other one; all that do not share a window are masked."""
     B, H, W, C3 = qkv.shape
@@ -65,7 +65,11 @@ def among_all_positions(
         seen &= real.flatten()
 
     query, key, value = x.reshape(B, -1, 3, heads, C // heads).permute(2, 0, 3, 1, 4)
-    products = query @ key.transpose(-1, -2) * ((C // heads) ** -0.5 if scale is None else scale)
+    if cosine is None:
+        products = query @ key.transpose(-1, -2) * ((C // heads) ** -0.5 if scale is None else scale)
+    else:
+        lengths = query.norm(dim=-1)[..., :, None] * key.norm(dim=-1)[..., None, :]
+        products = query @ key.transpose(-1, -2) / lengths.clamp(min=1e-300) * cosine[:, None, None]
     if bias is not None:
         products = products + bias[:, number[:, None], number[None, :]]
     weights = products.masked_fill(~seen, float('-inf')).softmax(-1).nan_to_num()  # padding may see nothing
@@ -96,6 +100,20 @@ def test_values(case, biased, outside, gradients):
     ours = window_attention(qkv.requires_grad_(gradients), window, shift, **options)
     assert ours.is_contiguous()
     torch.testing.assert_close(ours, among_all_positions(qkv, window, shift, **options))
+
+
+@EACH
+@pytest.mark.parametrize('gradients', [True, False], ids=['definition', 'parts'])
+def test_cosine(case, gradients):
+    qkv, window, shift, options = arguments(case, outside=True)
+    options['cosine'] = torch.tensor([0.5, 7.0], dtype=torch.double).requires_grad_(gradients)
+    ours = window_attention(qkv.requires_grad_(gradients), window, shift, **options)
+    expected = among_all_positions(qkv, window, shift, **options)
+    torch.testing.assert_close(ours, expected)
+    if gradients:
+        given = [qkv, options['cosine']]
+        grads = [torch.autograd.grad(out.square().sum(), given) for out in (ours, expected)]
+        torch.testing.assert_close(*grads)
 
 
 @EACH
@@ -206,6 +224,9 @@ def test_compiles_into_one_graph():
         ({'outside': torch.zeros(6)}, r'outside must be \(18,\), one row of qkv, got .*\(6,\)'),
         ({'pad': (-1, 0)}, r'pad must be from 0 to below a window, got pad=\(-1, 0\)'),
         ({'pad': (0, 2)}, r'pad must be from 0 to below a window, got pad=\(0, 2\)'),
+        ({'cosine': torch.ones(3)}, r'cosine must be \(2,\), one factor per head, got .*\(3,\)'),
+        ({'cosine': torch.ones(2), 'scale': 1.0}, r'cosine takes the place of scale; pass one of them, got scale=1.0'),
+        ({'bias': torch.zeros(2, 4, 4, device='meta')}, r'bias must be where qkv is, on cpu, got bias on meta'),
         ({'backend': 'triton'}, r'window_attention cannot run with backend=.triton.'),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from densezoo.tools.benchmark import main
-from densezoo.tools.benchmarks import window
+from densezoo.tools.benchmarks import kernels, window
 from densezoo.tools.benchmarks.timing import Comparison, compare
 
 
@@ -42,6 +42,23 @@ def test_both_sides_of_the_window_benchmark_compute_the_same(shift):
     x = torch.randn(2, 14, 21, 64)
     with torch.no_grad():
         torch.testing.assert_close(ours(x), peer._attn(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_kernels_are_compared_with_peers_that_compute_the_same(capsys, dtype):
+    command = ['kernels', '--batch', '2', '--sizes', '64', '--repeats', '2', '--dtype', dtype]
+    assert main([*command, '--train'] if dtype == 'float32' else command) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert 'of copy bandwidth' in lines[0] and '(CPU)' in lines[0]
+    for operation in ('window 2x16x16x96', 'sparse windows', 'blocks of 64', 'neighborhood', 'pool', 'match'):
+        assert any(line.startswith(f'| {operation}') for line in lines), operation
+    assert any('forward and backward' in line for line in lines) == (dtype == 'float32')
+
+
+def test_a_peer_that_computes_something_else_is_refused():
+    case = next(kernels.window_cases('cpu', torch.float32, 1, (32,), 96))
+    with pytest.raises(RuntimeError, match=r'twice computes something else, relative deviation 0\.5'):
+        kernels.check(case, 'twice', lambda qkv, bias: 2 * kernels.rolled(qkv, bias))
 
 
 def test_peak_counts_what_is_held_at_once():

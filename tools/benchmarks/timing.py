@@ -16,6 +16,11 @@ class Comparison:
     peer_name: str
     ours_bytes: int | None = None  # peak of tensors, where it is measured
     peer_bytes: int | None = None
+    shared: float | None = None  # seconds of what both sides have in common, where it is measured
+    device: str | None = None
+    floor_bytes: int | None = None  # of a forward pass: counted, not measured
+    floor_operations: int | None = None
+    bandwidth_share: float | None = None  # floor_bytes per our second, over the measured bandwidth of a copy
 
     @property
     def ratio(self) -> float:

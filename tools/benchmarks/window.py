@@ -1,7 +1,8 @@
 """Shifted-window attention with its linear layers against timm's, at the shapes of Swin-T: eval, float32.
 
 Both sides start from the same normed map and end after the output projection, with the same weights. timm's rolls the
-map, pads it, cuts it into windows, attends under masks made beforehand, and goes back the same way.
+map, pads it, cuts it into windows, attends under masks made beforehand, and goes back the same way. The linear layers
+alone, on the unpadded map, are measured too: no kernel for windows can make those faster.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,8 +52,13 @@ def run(
                 def call_peer(peer: SwinTransformerBlock = peer) -> None:
                     call(peer._attn)
 
+                def call_linear(ours: WindowAttention = ours, dim: int = dim, x: torch.Tensor = x) -> None:
+                    call(lambda x: ours.proj(ours.qkv(x)[..., :dim]), x)
+
                 name = f'{"shifted" if shift else "windows"} {batch}x{grid[0]}x{grid[1]}x{dim}'
                 row = compare(name, call_ours, call_peer, peer_name='timm', repeats=repeats)
+                shared = compare(name, call_linear, call_linear, peer_name='', repeats=repeats, warmup=1).ours
+                row = replace(row, shared=shared)
                 if device == 'cpu':
                     row = replace(row, ours_bytes=peak(call_ours), peer_bytes=peak(call_peer))
                 rows.append(row)

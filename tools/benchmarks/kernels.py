@@ -1,0 +1,321 @@
+"""The operations of densezoo.kernels against what one would write without them: `densezoo benchmark kernels`.
+
+Made for a GPU (`--device cuda`), where ours are the Triton kernels; on a CPU the references run, against the same
+peers. Each peer's result is compared with ours before anything is timed. With every row goes the floor of its
+forward pass, counted and not measured: bytes, each tensor read or written once, and operations (two for a multiply and an add); and
+the share of the measured copy bandwidth that the bytes in our time amount to.
+
+Peers: roll + partition + scaled_dot_product_attention with bias and mask; the same windows through compiled
+FlexAttention (on a GPU); dense windows and dense attention for the sparse operations; NATTEN where it is installed;
+timm-like modules for pooling and matching.
+"""
+
+import importlib
+import importlib.util
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from densezoo.kernels import (
+    block_sparse_attention,
+    build_windows,
+    match_tokens,
+    neighborhood_attention,
+    pool_mixer,
+    sparse_window_attention,
+    window_attention,
+)
+from densezoo.kernels.token_merge import best_partners
+
+from .timing import Comparison, compare
+
+STAGES = ((4, 1), (8, 2), (16, 4), (32, 8))  # stride, channels over those of stage 1
+WIDTHS = {'tiny': 96, 'base': 128}
+WINDOW, SHIFT, HEAD = 7, 3, 32
+OPERATIONS = ('window', 'sparse', 'blocks', 'neighborhood', 'pool', 'match')
+Call = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: what is called, with which tensors, against whom, and the floor of the forward pass."""
+
+    name: str
+    ours: Call
+    peers: dict[str, Call]
+    tensors: tuple[Tensor, ...]
+    bytes: int
+    operations: int
+    same: bool = True  # whether the peers compute the same values
+    trained: bool = True  # whether there is a gradient
+
+
+def run(
+    *,
+    device: str = 'cpu',
+    dtype: str = 'float32',
+    batch: int = 8,
+    sizes: Sequence[int] = (224, 512, 1024),
+    model: str = 'tiny',
+    operations: Sequence[str] = OPERATIONS,
+    repeats: int = 10,
+    train: bool = False,
+) -> list[Comparison]:
+    """A row for each case and peer, forward, and with `train` forward and backward too."""
+    torch.manual_seed(0)
+    cuda = device.startswith('cuda')
+    bandwidth = copy_bandwidth(device)
+    card = torch.cuda.get_device_name(device) if cuda else 'CPU'
+    rows = []
+    for operation in operations:
+        for case in CASES[operation](device, getattr(torch, dtype), batch, sizes, WIDTHS[model]):
+            for name, peer in case.peers.items():
+                if case.same:
+                    check(case, name, peer)
+                for backward in (False, True) if train and case.trained else (False,):
+                    rows.append(measure(case, name, peer, backward, repeats, cuda, bandwidth, card))
+    return rows
+
+
+def measure(
+    case: Case, name: str, peer: Call, backward: bool, repeats: int, cuda: bool, bandwidth: float, card: str
+) -> Comparison:
+    sides = [timed(side, case.tensors, backward, cuda) for side in (case.ours, peer)]
+    label = f'{case.name} {"forward and backward" if backward else "forward"}'
+    row = compare(label, *sides, peer_name=name, repeats=repeats)
+    row = replace(row, device=card, floor_bytes=case.bytes, floor_operations=case.operations)
+    return row if backward else replace(row, bandwidth_share=case.bytes / row.ours / bandwidth)
+
+
+def timed(call: Call, tensors: tuple[Tensor, ...], backward: bool, cuda: bool) -> Callable[[], None]:
+    def forward() -> None:
+        with torch.inference_mode():
+            call(*tensors)
+        if cuda:
+            torch.cuda.synchronize()
+
+    def both() -> None:
+        leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
+        out = call(*leaves)
+        out.backward(torch.ones_like(out))
+        if cuda:
+            torch.cuda.synchronize()
+
+    return both if backward else forward
+
+
+def check(case: Case, name: str, peer: Call) -> None:
+    """Raises RuntimeError if a peer computes something else."""
+    with torch.inference_mode():
+        ours, theirs = case.ours(*case.tensors).float(), peer(*case.tensors).float()
+    deviation = (ours - theirs).abs().max().item() / max(theirs.abs().max().item(), 1e-6)
+    if not deviation < 0.05:
+        raise RuntimeError(f'{case.name}: {name} computes something else, relative deviation {deviation:.2g}')
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes per second, read and written, of a copy of 256 MB."""
+    source = torch.empty(2**26, device=device)
+    target = torch.empty_like(source)
+    best = float('inf')
+    for _ in range(5):
+        start = time.perf_counter()
+        target.copy_(source)
+        if device.startswith('cuda'):
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * source.nbytes / best
+
+
+def maps(batch: int, sizes: Sequence[int], width: int) -> Iterator[tuple[int, int, int]]:
+    """(batch, side, channels) of Swin's stages."""
+    for size in sizes:
+        for stride, times in STAGES:
+            yield batch, -(-size // stride), width * times
+
+
+def partitioned(qkv: Tensor, heads: int, window: int, shift: int) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Rolled, padded and cut: (3, B * windows, heads, N, d), and which pairs see each other, (windows, 1, N, N)."""
+    B, H, W, _ = qkv.shape
+    rows, cols = -(-H // window), -(-W // window)
+    Hp, Wp = rows * window, cols * window
+    x = F.pad(qkv, (0, 0, 0, Wp - W, 0, Hp - H)).roll((-shift, -shift), (1, 2))
+    x = x.view(B, rows, window, cols, window, 3, heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
+    x = x.reshape(3, B * rows * cols, heads, window * window, -1)
+    label = torch.zeros(Hp, Wp, device=qkv.device, dtype=torch.int32)
+    label[H:], label[:, W:] = -1, -1
+    label = label.roll((-shift, -shift), (0, 1))
+    if shift:
+        label[Hp - shift :] += 2 * (label[Hp - shift :] >= 0)
+        label[:, Wp - shift :] += label[:, Wp - shift :] >= 0
+    label = label.view(rows, window, cols, window).transpose(1, 2).reshape(rows * cols, -1)
+    return x, (label[:, :, None] == label[:, None, :])[:, None], (B, rows, cols, H, W)
+
+
+def merged(x: Tensor, window: int, shift: int, sizes: tuple[int, ...]) -> Tensor:
+    B, rows, cols, H, W = sizes
+    x = x.view(B, rows, cols, x.shape[1], window, window, -1).permute(0, 1, 4, 2, 5, 3, 6)
+    x = x.reshape(B, rows * window, cols * window, -1).roll((shift, shift), (1, 2))
+    return x[:, :H, :W].contiguous()
+
+
+def rolled(qkv: Tensor, bias: Tensor) -> Tensor:
+    """Shifted windows as libraries compute them."""
+    heads = bias.shape[0]
+    (q, k, v), seen, sizes = partitioned(qkv, heads, WINDOW, SHIFT)
+    mask = bias.to(qkv.dtype).masked_fill(~seen, float('-inf')).repeat(sizes[0], 1, 1, 1)
+    return merged(F.scaled_dot_product_attention(q, k, v, mask), WINDOW, SHIFT, sizes)
+
+
+def flex() -> Call:
+    """The same windows through compiled FlexAttention."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def call(qkv: Tensor, bias: Tensor) -> Tensor:
+        (q, k, v), seen, sizes = partitioned(qkv, bias.shape[0], WINDOW, SHIFT)
+        table = bias.to(qkv.dtype)
+
+        def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return torch.where(seen[b % seen.shape[0], 0, i, j], s + table[h, i, j], float('-inf'))
+
+        return merged(compiled(q, k, v, score_mod=score), WINDOW, SHIFT, sizes)
+
+    return call
+
+
+def window_cases(device: str, dtype: Any, batch: int, sizes: Sequence[int], width: int) -> Iterator[Case]:
+    peers: dict[str, Call] = {'roll, partition, SDPA': rolled}
+    if device.startswith('cuda'):
+        peers['compiled FlexAttention'] = flex()
+    for B, side, C in maps(batch, sizes, width):
+        heads, N = C // HEAD, WINDOW * WINDOW
+        qkv = torch.randn(B, side, side, 3 * C, device=device, dtype=dtype)
+        bias = torch.randn(heads, N, N, device=device)
+
+        def ours(qkv: Tensor, bias: Tensor) -> Tensor:
+            return window_attention(qkv, WINDOW, SHIFT, heads=bias.shape[0], bias=bias)
+
+        floor = qkv.nbytes * 4 // 3 + bias.nbytes
+        yield Case(f'window {B}x{side}x{side}x{C}', ours, peers, (qkv, bias), floor, 4 * B * side * side * N * C)
+
+
+def sparse_cases(device: str, dtype: Any, batch: int, sizes: Sequence[int], width: int) -> Iterator[Case]:
+    for B, side, C in maps(batch, sizes, width):
+        heads = C // HEAD
+        # whole windows are occupied, a quarter of them
+        cells = torch.rand(B, -(-side // WINDOW), -(-side // WINDOW), device=device) < 0.25
+        cells[:, 0, 0] = True
+        mask = cells.repeat_interleave(WINDOW, 1).repeat_interleave(WINDOW, 2)[:, :side, :side].contiguous()
+        windows = build_windows(mask, WINDOW)
+        whole = torch.randn(B, side, side, 3 * C, device=device, dtype=dtype)
+        tokens = whole[mask]
+
+        def ours(whole: Tensor, tokens: Tensor, windows: Any = windows, heads: int = heads) -> Tensor:
+            q, k, v = tokens.unflatten(1, (3, heads, -1)).unbind(1)
+            return sparse_window_attention(q, k, v, windows).flatten(1)
+
+        def dense(whole: Tensor, tokens: Tensor, mask: Tensor = mask, heads: int = heads) -> Tensor:
+            return window_attention(whole, WINDOW, heads=heads)[mask]
+
+        pairs = int((windows.offsets.diff() ** 2).sum())
+        name = f'sparse windows, 25%, {B}x{side}x{side}x{C}'
+        peers: dict[str, Call] = {'dense windows': dense}
+        yield Case(name, ours, peers, (whole, tokens), tokens.nbytes * 4 // 3, 4 * pairs * C, trained=False)
+
+
+def block_cases(device: str, dtype: Any, batch: int, sizes: Sequence[int], width: int) -> Iterator[Case]:
+    for size in sizes:
+        N, heads = (size // 16) ** 2, width // HEAD
+        q, k, v = (torch.randn(batch, heads, N, HEAD, device=device, dtype=dtype) for _ in range(3))
+        n = -(-N // 64)
+        for share in (0.125, 0.25, 0.5, 0.75):
+            count = max(round(share * n), 1)
+            mask = torch.rand(batch, heads, n, n, device=device).argsort(3) < count
+
+            def ours(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+                return block_sparse_attention(q, k, v, mask)
+
+            def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+                return F.scaled_dot_product_attention(q, k, v)
+
+            name = f'blocks of 64, {share:.0%} seen, {batch}x{heads}x{N}x{HEAD}'
+            operations = 4 * batch * heads * N * min(count * 64, N) * HEAD
+            peers: dict[str, Call] = {'dense SDPA': dense}
+            yield Case(name, ours, peers, (q, k, v, mask), 4 * q.nbytes, operations, same=False)
+
+
+def neighborhood_cases(device: str, dtype: Any, batch: int, sizes: Sequence[int], width: int) -> Iterator[Case]:
+    for B, side, C in maps(batch, sizes, width):
+        heads = C // HEAD
+        qkv = torch.randn(B, side, side, 3 * C, device=device, dtype=dtype)
+
+        def ours(qkv: Tensor, heads: int = heads) -> Tensor:
+            return neighborhood_attention(qkv, WINDOW, heads=heads)
+
+        peers: dict[str, Call] = {}
+        if importlib.util.find_spec('natten') is not None and side >= WINDOW:
+            na2d = importlib.import_module('natten.functional').na2d
+
+            def natten(qkv: Tensor, heads: int = heads, na2d: Any = na2d) -> Tensor:
+                return na2d(*qkv.unflatten(3, (3, heads, -1)).unbind(3), kernel_size=WINDOW).flatten(3)
+
+            peers['NATTEN'] = natten
+
+        def windows(qkv: Tensor, heads: int = heads) -> Tensor:
+            return window_attention(qkv, WINDOW, heads=heads)
+
+        operations = 4 * B * side * side * WINDOW * WINDOW * C
+        case = Case(f'neighborhood {B}x{side}x{side}x{C}', ours, peers, (qkv,), qkv.nbytes * 4 // 3, operations)
+        yield case
+        yield replace(case, peers={'our windows of that size': windows}, same=False)
+
+
+def pool_cases(device: str, dtype: Any, batch: int, sizes: Sequence[int], width: int) -> Iterator[Case]:
+    for B, side, C in maps(batch, sizes, width):
+        x = torch.randn(B, side, side, C, device=device, dtype=dtype)
+        weight, bias = torch.rand(C, device=device, dtype=dtype), torch.randn(C, device=device, dtype=dtype)
+
+        def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return pool_mixer(x, norm=(weight, bias, 1e-5))
+
+        def modules(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            normed = F.group_norm(x.permute(0, 3, 1, 2), 1, weight, bias, 1e-5)
+            return (F.avg_pool2d(normed, 3, 1, 1, count_include_pad=False) - normed).permute(0, 2, 3, 1)
+
+        # the norm needs a reading of its own
+        yield Case(
+            f'pool {B}x{side}x{side}x{C}', ours, {'modules': modules}, (x, weight, bias), 3 * x.nbytes, 14 * x.numel()
+        )
+
+
+def match_cases(device: str, dtype: Any, batch: int, sizes: Sequence[int], width: int) -> Iterator[Case]:
+    for size in sizes:
+        N = (size // 16) ** 2
+        metric = torch.randn(batch, N, 64, device=device, dtype=dtype)
+
+        def ours(metric: Tensor) -> Tensor:
+            return match_tokens(metric, metric.shape[1] // 8).source
+
+        def matrix(metric: Tensor) -> Tensor:
+            return best_partners(metric, False, False)[0].argsort(-1, descending=True)[:, : metric.shape[1] // 8]
+
+        peers: dict[str, Call] = {'matrix of similarities': matrix}
+        name, operations = f'match {batch}x{N}x64', batch * N * N // 2 * 64
+        yield Case(name, ours, peers, (metric,), metric.nbytes, operations, same=False, trained=False)
+
+
+CASES: dict[str, Callable[..., Iterator[Case]]] = {
+    'window': window_cases,
+    'sparse': sparse_cases,
+    'blocks': block_cases,
+    'neighborhood': neighborhood_cases,
+    'pool': pool_cases,
+    'match': match_cases,
+}
