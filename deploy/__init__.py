@@ -1,10 +1,11 @@
 """From a trained model to something that runs elsewhere. Takes any nn.Module; knows no training framework."""
 
+from .autocast import autocast
 from .engine import Engine
 from .export import export_program
 from .fuse import fuse_for_deploy
 from .onnx import export_onnx, read_metadata
-from .parity import OnnxModel, check_onnx
+from .parity import OnnxModel, check_onnx, match_boxes
 from .precision import Half, out_of_range
 from .quantize import quantize, quantize_within
 from .tensorrt import build_engine
@@ -13,11 +14,13 @@ __all__ = [
     'Engine',
     'Half',
     'OnnxModel',
+    'autocast',
     'build_engine',
     'check_onnx',
     'export_onnx',
     'export_program',
     'fuse_for_deploy',
+    'match_boxes',
     'out_of_range',
     'quantize',
     'quantize_within',

@@ -44,7 +44,8 @@ class Engine:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, cuda_graph: bool = False):
-        self.report = read_report(path)
+        self.path, self.report, self.device = Path(path), read_report(path), 'cuda'
+        self.metadata: dict[str, Any] = self.report.get('metadata') or {}
         self.inputs = [entry['name'] for entry in self.report['inputs']]
         self.outputs = [entry['name'] for entry in self.report['outputs']]
         self._dtypes = {
@@ -65,6 +66,13 @@ class Engine:
         self._context = self._engine.create_execution_context()
         self._cuda_graph = cuda_graph
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor]]] = {}
+
+    @property
+    def shapes(self) -> tuple[tuple[int | None, ...], tuple[int | None, ...]]:
+        """Smallest and largest shape of the images."""
+        entry = self.report['inputs'][0]
+        smallest, _, largest = self.report['profiles'].get(entry['name'], (entry['shape'],) * 3)
+        return tuple(smallest), tuple(largest)
 
     def __call__(self, *tensors: Tensor) -> Any:
         """Runs on the current stream of the tensors' device.

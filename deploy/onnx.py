@@ -68,9 +68,13 @@ def export_onnx(
         dynamo=True,
         external_data=False,
         verbose=False,
+        custom_translation_table=_operators(),
     )
     assert exported is not None
-    for key, value in {**_described(model), **(metadata or {})}.items():
+    lowest = {}
+    if dynamic_size:
+        lowest['min_size'] = min_size if min_size is not None else int(getattr(model, 'min_dynamic_size', 32))
+    for key, value in {**_described(model), **lowest, **(metadata or {})}.items():
         exported.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
     with replacing(path) as unfinished:
         exported.save(str(unfinished))
@@ -106,6 +110,13 @@ def count_operators(path: str | os.PathLike[str]) -> dict[str, int]:
     return dict(collections.Counter(node.op_type for node in nodes).most_common())
 
 
+def summarise_operators(path: str | os.PathLike[str]) -> str:
+    """One line about the size of a graph, and how many of its operators only move or convert data."""
+    counts = count_operators(path)
+    moving = ', '.join(f'{counts.get(name, 0)} {name}' for name in ('Cast', 'Transpose', 'Reshape'))
+    return f'{sum(counts.values())} operators, of them {moving}'
+
+
 def require(*modules: str) -> None:
     """Raises ImportError that names the extra to install, unless all modules are there."""
     import importlib.util
@@ -134,6 +145,24 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def _operators() -> dict[Any, Any]:
+    """What operators of our own become."""
+    import onnxscript
+
+    op: Any = onnxscript.opset18
+
+    def suppress(boxes: Any, scores: Any, threshold: float) -> Any:
+        plenty = op.Constant(value_ints=[2**31 - 1])
+        limit = op.Constant(value_floats=[threshold])
+        chosen = op.NonMaxSuppression(boxes, op.Unsqueeze(scores, op.Constant(value_ints=[1])), plenty, limit)
+        index = op.Gather(chosen, op.Constant(value_ints=[0, 2]), axis=1)  # picture and box, (n, 2)
+        yes = op.Expand(op.Constant(value_ints=[1]), op.Shape(chosen, start=0, end=1))
+        none = op.Expand(op.Constant(value_ints=[0]), op.Shape(scores))
+        return op.Cast(op.ScatterND(none, index, yes), to=9)  # to bool
+
+    return {torch.ops.densezoo.suppress.default: suppress}
 
 
 def _described(model: nn.Module) -> dict[str, Any]:

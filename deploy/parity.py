@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import box_iou
 
 from .onnx import read_metadata, require
 
@@ -32,6 +33,20 @@ class Parity:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Matched:
+    """How far the boxes of an exported detector are the model's.
+
+    boxes: the model's; matched: those with a counterpart (same label, IoU at least 0.9, each counterpart once); pixels,
+    score: the largest differences among them.
+    """
+
+    boxes: int
+    matched: int
+    pixels: float
+    score: float
+
+
 class OnnxModel:
     """An ONNX file on onnxruntime, called as the model was: tensors in, a tensor or a list of tensors out.
 
@@ -49,21 +64,41 @@ class OnnxModel:
 
         if not Path(path).is_file():
             raise FileNotFoundError(f'no such ONNX file: {os.fspath(path)}')
-        self.path, self.metadata = Path(path), read_metadata(path)
+        self.path, self.metadata, self.device = Path(path), read_metadata(path), 'cpu'
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         self.session = onnxruntime.InferenceSession(
             str(path), options, providers=list(providers or ['CPUExecutionProvider'])
         )
-        self.inputs = [entry.name for entry in self.session.get_inputs()]
+        entries = self.session.get_inputs()
+        self.inputs = [entry.name for entry in entries]
         self.outputs = [entry.name for entry in self.session.get_outputs()]
+        self._shapes = [[n if isinstance(n, int) else None for n in entry.shape] for entry in entries]
+
+    @property
+    def shapes(self) -> tuple[tuple[int | None, ...], tuple[int | None, ...]]:
+        """Smallest and largest shape of the images; None where the graph sets no bound."""
+        shape, lowest = self._shapes[0], self.metadata.get('min_size')
+        smallest = [lowest if n is None and i >= 2 else n for i, n in enumerate(shape)]
+        return tuple(smallest), tuple(shape)
 
     def __call__(self, *tensors: Tensor) -> Any:
         if len(tensors) != len(self.inputs):
             raise ValueError(f'{self.path.name} takes {self.inputs}, got {len(tensors)} tensors')
+        for name, tensor, (smallest, largest) in zip(self.inputs, tensors, self._bounds()):
+            got = tuple(tensor.shape)
+            if len(got) != len(smallest) or any(
+                (a is not None and n < a) or (b is not None and n > b) for n, a, b in zip(got, smallest, largest)
+            ):
+                least = tuple('any' if n is None else n for n in smallest)
+                most = tuple('any' if n is None else n for n in largest)
+                raise ValueError(f'{self.path.name} takes {name} from {least} to {most}, got {got}')
         arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in zip(self.inputs, tensors)}
         results = [torch.from_numpy(array) for array in self.session.run(None, arrays)]
         return results[0] if len(results) == 1 else results
+
+    def _bounds(self) -> list[tuple[Sequence[int | None], Sequence[int | None]]]:
+        return [self.shapes, *((shape, shape) for shape in self._shapes[1:])]
 
 
 def compare(names: Sequence[str], ours: Any, expected: Any) -> list[Parity]:
@@ -97,6 +132,38 @@ def compare(names: Sequence[str], ours: Any, expected: Any) -> list[Parity]:
             )
         )
     return rows
+
+
+def match_boxes(ours: Sequence[Tensor], expected: Sequence[Tensor], *, above: float = 0.05) -> Matched:
+    """Detections of the exported form against the model's: order and rows below a score play no part.
+
+    Args:
+        ours, expected: boxes (B, M, 4), scores (B, M), labels (B, M).
+        above: scores of the model's boxes that count; of ours half of that is enough.
+    """
+    boxes = matched = 0
+    pixels = score = 0.0
+    for i in range(len(expected[0])):
+        a, b = (_above(picture, i, limit) for picture, limit in ((ours, above / 2), (expected, above)))
+        boxes += len(b[0])
+        if not len(a[0]) or not len(b[0]):
+            continue
+        overlap = box_iou(b[0], a[0]) * (b[2][:, None] == a[2][None])
+        overlap = torch.where((b[1][:, None] - a[1][None]).abs() < 0.1, overlap, 0.0)
+        for row in b[1].argsort(descending=True).tolist():
+            best = int(overlap[row].argmax())
+            if overlap[row, best] >= 0.9:
+                matched += 1
+                pixels = max(pixels, (a[0][best] - b[0][row]).abs().max().item())
+                score = max(score, (a[1][best] - b[1][row]).abs().item())
+                overlap[:, best] = 0
+    return Matched(boxes, matched, pixels, score)
+
+
+def _above(outputs: Sequence[Tensor], picture: int, limit: float) -> list[Tensor]:
+    boxes, scores, labels = (x[picture].cpu() for x in outputs[:3])
+    real = scores > limit
+    return [boxes[real].float(), scores[real].float(), labels[real].long()]
 
 
 def check_onnx(model: nn.Module, path: str | os.PathLike[str], *inputs: Tensor) -> list[Parity]:

@@ -4,13 +4,13 @@ Inputs of convolutions and linear layers get a symmetric Q/DQ pair each, weights
 outputs none; products of two activations (attention) stay as they are. Ranges come from calibration images.
 """
 
+import inspect
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,6 +28,7 @@ def quantize(
     ranges: str = 'minmax',
     operators: Sequence[str] = OPERATORS,
     exclude: Sequence[str] = (),
+    measured: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Writes an int8 (Q/DQ) form of a float32 ONNX file.
 
@@ -38,6 +39,8 @@ def quantize(
         ranges: 'minmax', 'entropy' (least information lost) or 'percentile' (99.99 % of the values inside).
         operators: kinds of nodes to quantize.
         exclude: names of nodes that stay in float32.
+        measured: file of the ranges: read if it is there, else written, so that trials measure once. Ignored by
+            versions of onnxruntime that cannot.
 
     Returns:
         The path.
@@ -64,6 +67,10 @@ def quantize(
     if not batches:
         raise ValueError('calibration needs at least one image, got none')
 
+    cache: dict[str, Any] = {}
+    if measured is not None and 'calibration_cache_path' in inspect.signature(quantize_static).parameters:
+        cache['calibration_cache_path'] = os.fspath(measured)
+
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
             self.rest = iter(batches)
@@ -84,6 +91,7 @@ def quantize(
             per_channel=True,
             activation_type=QuantType.QInt8,
             weight_type=QuantType.QInt8,
+            **cache,
             nodes_to_exclude=[n for n in _named(graph.graph, operators) if n not in wanted or n in exclude],
             calibrate_method={
                 'minmax': CalibrationMethod.MinMax,
@@ -112,7 +120,7 @@ def quantize(
 def sensitivity(
     source: str | os.PathLike[str], images: Sequence[Tensor], *, ranges: str = 'minmax'
 ) -> list[tuple[str, float]]:
-    """What each quantizable node costs when it alone is quantized: 1 - cosine of the outputs, worst first.
+    """What each quantizable node costs when it alone is quantized: 1 - cosine of the outputs, their mean, worst first.
 
     Args:
         source: the float32 file.
@@ -122,15 +130,16 @@ def sensitivity(
     from .parity import OnnxModel
 
     nodes = quantizable(source)
-    expected = [_flat(OnnxModel(source)(batch)) for batch in images]
+    original = OnnxModel(source)
+    expected = [original(batch) for batch in images]
     costs = []
     with tempfile.TemporaryDirectory() as scratch:
         for node in nodes:
             alone = Path(scratch) / 'alone.onnx'
-            quantize(source, alone, images, ranges=ranges, exclude=[other for other in nodes if other != node])
+            others = [other for other in nodes if other != node]
+            quantize(source, alone, images, ranges=ranges, exclude=others, measured=Path(scratch) / 'ranges.json')
             model = OnnxModel(alone)
-            likeness = [F.cosine_similarity(_flat(model(x)), y, dim=0).item() for x, y in zip(images, expected)]
-            costs.append((node, 1 - sum(likeness) / len(likeness)))
+            costs.append((node, sum(_unlike(model(x), y) for x, y in zip(images, expected)) / len(images)))
     return sorted(costs, key=lambda entry: -entry[1])
 
 
@@ -163,17 +172,17 @@ def quantize_within(
     if budget < 0 or step < 1:
         raise ValueError(f'budget must not be negative and step must be positive, got {budget=}, {step=}')
     wanted = metric(OnnxModel(source)) - budget
-    quantize(source, path, images, ranges=ranges)
-    reached = metric(OnnxModel(path))
-    if reached >= wanted:
-        return []
-    ranked = [node for node, _ in sensitivity(source, images, ranges=ranges)]
-    for count in range(step, len(ranked), step):
-        quantize(source, path, images, ranges=ranges, exclude=ranked[:count])
-        reached = metric(OnnxModel(path))
-        if reached >= wanted:
-            return ranked[:count]
-    raise ValueError(f'int8 keeps the metric at {reached:.4g}, below {wanted:.4g}, whatever stays in float32')
+    ranked: list[str] = []
+    with tempfile.TemporaryDirectory() as scratch, replacing(path) as unfinished:
+        for count in range(0, len(quantizable(source)), step):
+            if count and not ranked:
+                ranked = [node for node, _ in sensitivity(source, images, ranges=ranges)]
+            measured = Path(scratch) / 'ranges.json'
+            quantize(source, unfinished, images, ranges=ranges, exclude=ranked[:count], measured=measured)
+            reached = metric(OnnxModel(unfinished))
+            if reached >= wanted:
+                return ranked[:count]
+        raise ValueError(f'int8 keeps the metric at {reached:.4g}, below {wanted:.4g}, whatever stays in float32')
 
 
 def quantizable(source: str | os.PathLike[str], operators: Sequence[str] = OPERATORS) -> list[str]:
@@ -189,6 +198,7 @@ def _named(graph: Any, operators: Sequence[str]) -> dict[str, Any]:
     return {node.name: node for node in graph.node if node.op_type in operators}
 
 
-def _flat(outputs: Any) -> Tensor:
-    tensors = outputs if isinstance(outputs, list) else [outputs]
-    return torch.cat([tensor.double().flatten() for tensor in tensors])
+def _unlike(ours: Any, expected: Any) -> float:
+    pairs = list(zip(*(x if isinstance(x, list) else [x] for x in (ours, expected)), strict=True))
+    cosines = [F.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0).item() for a, b in pairs]
+    return 1 - sum(cosines) / len(cosines)

@@ -7,7 +7,7 @@ grid, so the overlaps of all boxes with it are one matrix, spread to (B, M, N) w
 B pictures, K classes, N anchors or points of all levels, T boxes of the batch, M boxes of the fullest picture.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +15,14 @@ from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
 
+from ..kernels import apart
 from .pyramid import PyramidInfo, Size
 
 BACKGROUND, IGNORED = -1, -2
+CANDIDATES = 1000  # that suppression in an exported graph compares with each other
+
+# boxes (B, M, 4), scores (B, M), IoU -> which to keep (B, M): see kernels.nms
+Suppress = Callable[[Tensor, Tensor, float], Tensor]
 
 
 class GroundTruth(NamedTuple):
@@ -200,6 +205,31 @@ def top_candidates(
     rows = anchor[..., None].expand(-1, -1, 4)
     chosen = anchors.expand(scores.shape[0], -1, -1).gather(1, rows)
     return offsets.gather(1, rows), chosen, torch.cat(values, 1), index % classes
+
+
+def best_equal(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    suppress: Suppress,
+    nms: float,
+    limit: int,
+    score_threshold: float,
+    min_size: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`finish` with equally many results for each picture, for exported graphs.
+
+    Candidates (B, M, 4), (B, M), (B, M) -> boxes (B, D, 4), scores (B, D), labels (B, D), best first, D at most
+    `limit`; rows that hold nothing have the score 0.
+    """
+    if min_size >= 0:
+        large = ((boxes[..., 2:] - boxes[..., :2]) > min_size).all(-1)
+        scores = torch.where(large, scores, -1.0)
+    keep = suppress(apart(boxes, labels), scores, nms)
+    best, index = torch.where(keep, scores, -1.0).topk(min(limit, scores.shape[1]), 1)
+    best = torch.where(best > score_threshold, best, 0.0)
+    return boxes.gather(1, index[..., None].expand(-1, -1, 4)), best, labels.gather(1, index)
 
 
 def finish(

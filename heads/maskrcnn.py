@@ -24,7 +24,9 @@ from torchvision.models.detection.roi_heads import (
     paste_masks_in_image,
 )
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
+from torchvision.ops import clip_boxes_to_image
 
+from ..kernels import suppress_by_products
 from . import detection as det
 from .pyramid import FeatureInfo, PyramidInfo, Size, check_sizes, positive
 from .roi_align import RoIAlign
@@ -228,6 +230,37 @@ class MaskRCNN(nn.Module):
                 result['masks'] = pasted if self.mask_threshold is None else pasted >= self.mask_threshold
         return results
 
+    def decode(
+        self, features: Sequence[Tensor], suppress: det.Suppress = suppress_by_products
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Candidates before NMS, of fixed number M, for exported graphs: boxes (B, M, 4) xyxy in pixels of the padded
+        batch, clipped to it, scores (B, M), labels (B, M) int64.
+
+        Every picture has the same number of proposals; those that `suppress` would have dropped have the score 0, and
+        so have their results.
+        """
+        objectness, offsets = (x.float() for x in self(features))
+        padded, heads = self.inputs.padded_size(features), self.roi_heads
+        proposals, real = self.rpn.propose_equal(features, objectness, offsets, padded, suppress)
+        cut = heads.box_roi_pool.cut_equal(list(self._roi_maps(features).values()), proposals)
+        logits, deltas = heads.box_predictor(heads.box_head(cut.to(features[0].dtype)))
+        batch, count = real.shape
+        boxes = heads.box_coder.decode_single(deltas.float(), proposals.flatten(0, 1)).view(batch, count, -1, 4)
+        scores = logits.float().softmax(-1).view(batch, count, -1)[..., 1:] * real[..., None]
+        scores, index = scores.flatten(1).topk(min(det.CANDIDATES, count * self.num_classes), 1)
+        boxes = boxes[:, :, 1:].flatten(1, 2).gather(1, index[..., None].expand(-1, -1, 4))
+        return clip_boxes_to_image(boxes, padded), scores, index % self.num_classes
+
+    def decode_masks(self, features: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> Tensor:
+        """Boxes (B, D, 4) in pixels and labels (B, D) -> probabilities (B, D, 2 P, 2 P) on a grid over each box."""
+        heads = self.roi_heads
+        cut = heads.mask_roi_pool.cut_equal(list(self._roi_maps(features).values()), boxes)
+        logits = heads.mask_predictor(heads.mask_head(cut.to(features[0].dtype))).float()
+        side = logits.shape[-1]
+        logits = logits.view(*labels.shape, -1, side, side)
+        index = (labels + 1)[..., None, None, None].expand(-1, -1, 1, side, side)
+        return logits.gather(2, index)[:, :, 0].sigmoid()
+
     def _roi_maps(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
         return {str(i): features[level].float() for i, level in enumerate(self.roi_levels)}
 
@@ -287,6 +320,28 @@ class Proposals(RegionProposalNetwork):
         box = nn.functional.smooth_l1_loss(offsets[picture, anchor], wanted, beta=1 / 9, reduction='sum')
         cls = nn.functional.binary_cross_entropy_with_logits(objectness[sampled], labels[sampled], reduction='sum')
         return boxes, {'loss_objectness': cls / count, 'loss_rpn_box_reg': box / count}
+
+    def propose_equal(
+        self, features: Sequence[Tensor], objectness: Tensor, offsets: Tensor, size: Size, suppress: det.Suppress
+    ) -> tuple[Tensor, Tensor]:
+        """Proposals (B, R, 4), equally many per picture, best first, and (B, R) 1 for real ones, 0 for suppressed."""
+        kept, ranks, start = [], [], 0
+        for anchors in self.anchor_generator.on(features):
+            stop = start + len(anchors)
+            score, index = objectness[:, start:stop].topk(min(self.pre_nms_top_n(), len(anchors)), 1)
+            rows = index[..., None].expand(-1, -1, 4)
+            near = anchors.expand(objectness.shape[0], -1, -1).gather(1, rows)
+            moved = offsets[:, start:stop].gather(1, rows)
+            boxes = self.box_coder.decode_single(moved.flatten(0, 1), near.flatten(0, 1)).view(moved.shape)
+            boxes = clip_boxes_to_image(boxes, size)
+            large = ((boxes[..., 2:] - boxes[..., :2]) >= self.min_size).all(-1)
+            score = torch.where(large, score.sigmoid(), -1.0)
+            ranks.append(torch.where(suppress(boxes, score, self.nms_thresh), score, -1.0))
+            kept.append(boxes)
+            start = stop
+        rank, index = torch.cat(ranks, 1).topk(min(self.post_nms_top_n(), sum(level.shape[1] for level in kept)), 1)
+        chosen = torch.cat(kept, 1).gather(1, index[..., None].expand(-1, -1, 4))
+        return chosen, (rank >= 0).to(chosen.dtype)
 
 
 def _pair(size: Sequence[int]) -> Size:

@@ -7,6 +7,7 @@ from .hilo import hilo_attention
 from .linear_attention import relu_linear_attention
 from .long_convolution import long_convolution
 from .neighborhood import neighborhood_attention
+from .nms import apart, suppress, suppress_by_products
 from .pool_mixer import pool_mixer
 from .sparse_window import sparse_window_attention
 from .token_merge import Matching, match_every_kth, match_tokens, merge_source, token_merge, token_unmerge
@@ -18,6 +19,7 @@ __all__ = [
     'Matching',
     'Sets',
     'Windows',
+    'apart',
     'block_sparse_attention',
     'build_windows',
     'explain',
@@ -34,6 +36,8 @@ __all__ = [
     'resample_filter',
     'rotated_sets',
     'sparse_window_attention',
+    'suppress',
+    'suppress_by_products',
     'token_merge',
     'token_unmerge',
     'use',

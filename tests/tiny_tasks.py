@@ -1,7 +1,7 @@
 """The tasks, each on a PoolFormer of four narrow blocks."""
 
 from densezoo.backbones import create_model
-from densezoo.heads import FCOS, FPN, LinearClassifier, OwnClassifier, SemanticFPN, UNetRestorer
+from densezoo.heads import FCOS, FPN, LinearClassifier, MaskRCNN, OwnClassifier, SemanticFPN, UNetRestorer
 from densezoo.train import Detector, ImageClassifier, Preprocess, Restorer, Segmentor, Task
 
 SMALL = {'name': 'poolformer_s12', 'depths': (1, 1, 1, 1), 'dims': (8, 16, 24, 32)}
@@ -12,6 +12,17 @@ PIXELS = {'type': Preprocess, 'mean': (120.0, 115.0, 105.0), 'std': (60.0, 55.0,
 def detector() -> Task:
     return Detector(backbone=PYRAMID, neck={'type': FPN, 'out_channels': 16}, head={'type': FCOS, 'num_classes': 3},
                     preprocess=PIXELS)  # fmt: skip
+
+
+def two_stages(masks: bool = False) -> Task:
+    """Faster or Mask R-CNN on two levels, with scores that are not all alike."""
+    task = Detector(backbone={**PYRAMID, 'out_indices': (1, 2)}, neck={'type': FPN, 'out_channels': 16},
+                    head={'type': MaskRCNN, 'num_classes': 3, 'masks': masks, 'box_channels': 32, 'mask_channels': 16,
+                          'mask_convs': 1, 'rpn_pre_nms': (100, 100), 'rpn_post_nms': (100, 50)},
+                    preprocess=PIXELS)  # fmt: skip
+    for layer in (task.head.rpn.head.cls_logits, task.head.roi_heads.box_predictor.cls_score):
+        layer.weight.data.mul_(30)
+    return task
 
 
 def segmentor() -> Task:

@@ -37,6 +37,17 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def open_deployed(file: str) -> Any:
+    """The exported task of a FILE.onnx or FILE.engine; None for any other file, such as a checkpoint."""
+    ending = os.path.splitext(file)[1]
+    if ending not in ('.onnx', '.engine'):
+        return None
+    from densezoo.deploy import Engine, OnnxModel
+    from densezoo.train.deployed import DeployedTask
+
+    return DeployedTask(Engine(file) if ending == '.engine' else OnnxModel(file))
+
+
 def explain(error: BaseException) -> str | None:
     """One line for an error that is the user's to mend, None for one that is ours."""
     if isinstance(error, ModuleNotFoundError):
@@ -50,6 +61,8 @@ def explain(error: BaseException) -> str | None:
     message = ' '.join(str(error).split())
     if type(error).__name__ in ('DataError', 'NonFiniteError'):
         return message
+    if isinstance(error, ImportError | RuntimeError) and _raised_by_us(error):
+        return message  # what is to be installed, or why a compiler refuses
     if isinstance(error, ValueError | TypeError | OSError) and message:
         return message if _raised_by_us(error) else f'{message} (DENSEZOO_TRACEBACK=1 shows where)'
     return None

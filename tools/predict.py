@@ -9,7 +9,8 @@ or restored images where the task makes such, and `predictions.json`: a list wit
                                          'mask' (a PNG of class ids), 'classes' {name: share}   segmentation
                                          'restored' (a PNG)                                     restoration
 
-An image that cannot be read is named and left out, and the exit status is 1.
+FILE.onnx and FILE.engine, which `densezoo export` writes, take the place of the checkpoint. An image that cannot be
+read is named and left out, and the exit status is 1.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from densezoo.tools.common import add_config, report_errors
+from densezoo.tools.common import add_config, open_deployed, report_errors
 
 ENDINGS = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.gif', '.ppm', '.pgm')
 
@@ -28,7 +29,7 @@ ENDINGS = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.gif', '.
 def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(prog='densezoo predict', description='Run a checkpoint on images.')
     add_config(arguments)
-    arguments.add_argument('checkpoint', help='best.pth or last.pth of a run')
+    arguments.add_argument('checkpoint', help='best.pth or last.pth of a run, FILE.onnx or FILE.engine')
     arguments.add_argument('images', nargs='+', help="files, folders, or patterns such as 'photos/*.jpg'")
     arguments.add_argument('--out', default='predictions', help='folder of the results (default: predictions)')
     arguments.add_argument('--batch-size', type=int, default=1, help='images at once (default: 1)')
@@ -67,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from densezoo.train.visualize import draw, save
 
     files = find_images(options.images)
-    predictor = Predictor(load_config(options.config, options.cfg_options), options.checkpoint, device=options.device)
+    config = load_config(options.config, options.cfg_options)
+    deployed = open_deployed(options.checkpoint)
+    predictor = Predictor(config, options.checkpoint if deployed is None else deployed, device=options.device)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     names = unique_names(files)

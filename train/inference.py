@@ -19,41 +19,49 @@ from torchvision import tv_tensors
 
 from ..data import build_transforms, collate, read_image
 from .checkpoint import load_checkpoint
+from .deployed import DeployedTask
 from .runner import load_weights
 from .tasks import Restorer, Task
 from .visualize import as_pixels, save
 
 
 class Predictor:
-    """A task with a checkpoint's weights and the evaluation transforms of its config.
+    """A task with a checkpoint's weights, or what was exported of it, and the evaluation transforms of its config.
 
     Args:
         config: from `load_config`.
-        checkpoint: best.pth or last.pth of a run.
-        device: default: a GPU where there is one.
+        checkpoint: best.pth or last.pth of a run, or what was exported of it.
+        device: of a checkpoint; default: a GPU where there is one.
 
     Raises: ValueError where the checkpoint does not fit the config's model.
     """
 
-    def __init__(self, config: Config, checkpoint: str | Path, *, device: str | None = None) -> None:
-        loaded = load_checkpoint(checkpoint)
-        self.task: Task = MODELS.build(config.model)
-        load_weights(self.task, loaded['state_dict'], str(checkpoint))
-        self.task.to(device or ('cuda' if torch.cuda.is_available() else 'cpu')).eval()
-        self.metainfo: Mapping[str, Any] = loaded.get('meta', {}).get('dataset_meta') or {}
+    task: Task
+
+    def __init__(self, config: Config, checkpoint: str | Path | DeployedTask, *, device: str | None = None) -> None:
+        self.deployed = checkpoint if isinstance(checkpoint, DeployedTask) else None
+        self.metainfo: Mapping[str, Any]
+        if isinstance(checkpoint, DeployedTask):
+            self.restores, self.metainfo = checkpoint.task == Restorer.__name__, checkpoint.metainfo
+        else:
+            loaded = load_checkpoint(checkpoint)
+            self.task = MODELS.build(config.model)
+            load_weights(self.task, loaded['state_dict'], str(checkpoint))
+            self.task.to(device or ('cuda' if torch.cuda.is_available() else 'cpu')).eval()
+            self.restores = isinstance(self.task, Restorer)
+            self.metainfo = loaded.get('meta', {}).get('dataset_meta') or {}
         loader = config.get('test_dataloader') or config.get('val_dataloader') or {}
         self.transforms = build_transforms(loader.get('dataset', {}).get('transforms'))
 
     def read(self, file: str | Path) -> dict[str, Any]:
         """A picture file -> the sample that a dataset would make of it. Raises DataError."""
-        restores = isinstance(self.task, Restorer)
-        image = read_image(file, deep_as_float=restores)
+        image = read_image(file, deep_as_float=self.restores)
         original = (int(image.shape[-2]), int(image.shape[-1]))
         sample: dict[str, Any] = {'image': tv_tensors.Image(image)}
         for transform in self.transforms:
             sample = transform(sample)
         pixels = sample['image'].as_subclass(Tensor)
-        if restores and not pixels.is_floating_point():
+        if self.restores and not pixels.is_floating_point():
             pixels = pixels / 255.0
         size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
         target = {'file': str(file), 'image_id': 0, 'index': 0, 'size': size, 'original_size': original}
@@ -62,7 +70,7 @@ class Predictor:
     @torch.inference_mode()
     def __call__(self, samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Samples of `read` -> results, one dict per picture, in the picture's own coordinates, on the CPU."""
-        results = self.task.val_step(collate(samples))
+        results = self.task.val_step(collate(samples)) if self.deployed is None else self.deployed(samples)
         return [{name: v.cpu() if isinstance(v, Tensor) else v for name, v in r.items()} for r in results]
 
     def describe(self, result: Mapping[str, Any], target: Mapping[str, Any], folder: Path, name: str) -> dict[str, Any]:

@@ -5,11 +5,13 @@ import probe
 import pytest
 import torch
 from torchvision.models.detection._utils import Matcher
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import box_iou, roi_align
 from torchvision.ops.poolers import LevelMapper
 
 from densezoo.heads import FCOS, MaskRCNN, PyramidInfo, RetinaNet, detection, fcos
 from densezoo.heads.roi_align import cut_by_kernel, cut_by_matrices, levels_of
+from densezoo.kernels import suppress_by_products
 
 INFO = PyramidInfo([16, 16, 16], [8, 16, 32])
 SIZE = (96, 128)
@@ -225,9 +227,9 @@ def test_perfect_mask_rcnn():
     assert ((found & masks).sum((1, 2)) / (found | masks).sum((1, 2)) > 0.9).all()
 
 
-def small_rcnn():
+def small_rcnn(**options):
     torch.manual_seed(0)
-    return MaskRCNN(feature_info=INFO, num_classes=5, mask_channels=8, mask_convs=1, box_channels=8)
+    return MaskRCNN(feature_info=INFO, num_classes=5, mask_channels=8, mask_convs=1, box_channels=8, **options)
 
 
 def test_proposals_for_training_stay_in_the_picture():
@@ -301,6 +303,55 @@ def test_regions_keep_their_order():
     alone = [pool({k: v[i : i + 1] for k, v in features.items()}, [b[None]], []) for i in range(2) for b in boxes[i]]
     torch.testing.assert_close(together, torch.cat(alone))
     assert pool(features, [boxes[0][:0]] * 2, []).shape == (0, 3, 3, 3)
+
+
+@torch.no_grad()
+def test_equally_many_regions_are_cut_as_any_number_is():
+    """The form for exported graphs, with maps of odd sizes, regions of all levels, and some over the border."""
+    info = PyramidInfo([3, 3, 3], [4, 8, 16])
+    pool = MaskRCNN(feature_info=info, num_classes=2, box_pool=3).roi_heads.box_roi_pool
+    torch.manual_seed(0)
+    maps = [torch.rand(2, 3, -(-500 // s), -(-700 // s)) for s in info.reduction()]
+    boxes = torch.stack([torch.cat([random_boxes(20, i) * 7, random_boxes(10, i)]) for i in range(2)])
+    boxes[0, 0], boxes[1, 3] = torch.tensor([690.0, 490, 700, 500]), torch.tensor([0.0, 0, 3, 900])
+    assert len(levels_of(boxes, info.reduction()).unique()) == 3
+    expected = pool({str(i): x for i, x in enumerate(maps)}, list(boxes), [])
+    torch.testing.assert_close(pool.cut_equal(maps, boxes), expected, rtol=0, atol=2e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('masks', [False, True])
+def test_decoding_of_equal_numbers_is_the_prediction(masks):
+    head = small_rcnn(masks=masks, mask_threshold=None).eval()
+    generator = torch.Generator().manual_seed(3)
+    features = [torch.randn(m.shape, generator=generator) for m in maps(batch=2)]
+    for layer, factor in ((head.rpn.head.cls_logits, 30), (head.roi_heads.box_predictor.cls_score, 30)):
+        layer.weight.mul_(factor)  # from nearly equal scores to clear ones
+    found = head.predict(features, [SIZE, SIZE])
+    boxes, scores, labels = head.decode(features)
+    inner = head.roi_heads
+    best = detection.best_equal(boxes, scores, labels, suppress=suppress_by_products, nms=inner.nms_thresh, limit=20,
+                                score_threshold=inner.score_thresh, min_size=1e-2)  # fmt: skip
+    soft = head.decode_masks(features, best[0], best[2]) if masks else None
+    for i, result in enumerate(found):
+        count = min(len(result['boxes']), 20)
+        assert count > 3
+        torch.testing.assert_close(best[1][i, :count], result['scores'][:count], rtol=0, atol=1e-5)
+        torch.testing.assert_close(best[0][i, :count], result['boxes'][:count], rtol=0, atol=1e-2)
+        assert torch.equal(best[2][i, :count], result['labels'][:count])
+        if masks:
+            pasted = paste_masks_in_image(soft[i, :count, None], result['boxes'][:count], SIZE)[:, 0]
+            torch.testing.assert_close(pasted, result['masks'][:count], rtol=0, atol=1e-3)
+
+
+def test_rows_that_hold_nothing_have_no_score():
+    boxes = torch.tensor([[[0.0, 0, 9, 9], [0, 0, 9, 8.9], [20, 20, 20, 30]]])
+    scores, labels = torch.tensor([[0.9, 0.8, 0.7]]), torch.tensor([[1, 1, 0]])
+    options = dict(suppress=suppress_by_products, nms=0.5, limit=5, min_size=0.0)
+    _, best, found = detection.best_equal(boxes, scores, labels, score_threshold=0.1, **options)
+    torch.testing.assert_close(best, torch.tensor([[0.9, 0, 0]]))
+    assert found[0, 0] == 1
+    assert not detection.best_equal(boxes, scores, labels, score_threshold=0.95, **options)[1].any()
 
 
 def test_candidates_are_the_best_of_each_level():

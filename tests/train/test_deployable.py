@@ -1,13 +1,14 @@
 """Without this what is exported could differ from what was validated: each task, exported form against predictions."""
 
+from functools import partial
+
 import pytest
 import tiny_tasks as tasks
 import torch
 from torchvision.ops import batched_nms
 
-from densezoo.deploy import OnnxModel, check_onnx, export_onnx
-from densezoo.heads import FPN, MaskRCNN
-from densezoo.train import Detector
+from densezoo.deploy import OnnxModel, build_engine, check_onnx, export_onnx, match_boxes
+from densezoo.deploy.onnx import count_operators
 from densezoo.train.deployable import Deployable, metadata
 
 SIZE = (64, 96)
@@ -88,6 +89,40 @@ def in_one_order(boxes, scores, labels):
     return torch.stack([torch.tensor(sorted(picture.round(decimals=2).tolist())) for picture in rows])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize('make', [tasks.detector, tasks.two_stages])
+@pytest.mark.parametrize('nms', ['operator', 'products'])
+def test_suppression_inside_gives_the_predictions(make, nms):
+    task, model = ready(make, nms=nms)
+    if make is tasks.detector:
+        task.head.score_threshold = 0.0
+    images = pixels()
+    boxes, scores, labels = model(torch.stack(images).float())
+    for i, result in enumerate(predictions(task, images)):
+        count = min(len(result['boxes']), 30)
+        assert count > 1
+        torch.testing.assert_close(scores[i, :count], result['scores'][:count], rtol=0, atol=1e-5)
+        torch.testing.assert_close(boxes[i, :count], result['boxes'][:count], rtol=0, atol=0.01)
+        assert torch.equal(labels[i, :count].long(), result['labels'][:count])
+
+
+@pytest.mark.parametrize(('nms', 'count'), [('operator', 3), (None, 0)])
+def test_two_stages_with_masks_become_onnx(nms, count, tmp_path):
+    """One NonMaxSuppression for each of two levels of proposals and one for the results; none where products do it."""
+    task, model = ready(partial(tasks.two_stages, masks=True), nms=nms)
+    x = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(0)) * 255
+    path = export_onnx(model, x, tmp_path / 'task.onnx', outputs=model.outputs, metadata=metadata(task, nms=nms))
+    assert count_operators(path).get('NonMaxSuppression', 0) == count
+    x = torch.rand(3, 3, *SIZE, generator=torch.Generator().manual_seed(1)) * 255
+    with torch.no_grad():
+        ours, expected = OnnxModel(path)(x), model(x)
+    assert model.outputs == ('boxes', 'scores', 'labels', 'masks') and ours[3].shape == (3, 100, 28, 28)
+    found = match_boxes(ours, expected)
+    assert found.boxes > 10 and found.matched == found.boxes and found.pixels < 0.05 and found.score < 1e-4
+    if nms is None:
+        build_engine(path, tmp_path / 'task.engine')
+
+
 def test_detection_becomes_onnx(tmp_path):
     task, model = ready(tasks.detector)
     task.head.topk = 10_000  # all of them: which of two equal ones is the last one kept is a matter of rounding
@@ -118,15 +153,16 @@ def test_metadata_and_errors():
         'range': '0..255',
         'normalised': 'inside',
         'classes': ['a', 'b'],
+        'divisor': 32,
+        'padding': [120.0, 115.0, 105.0],
     }
     assert metadata(tasks.restorer())['range'] == '0..1'
     with pytest.raises(ValueError, match=r"form must be one of mask, logits, got form='masks'"):
         Deployable(task, form='masks')
-    two_stage = Detector(
-        backbone=tasks.PYRAMID,
-        neck={'type': FPN, 'out_channels': 16},
-        head={'type': MaskRCNN, 'num_classes': 3},
-        preprocess=tasks.PIXELS,
-    )
-    with pytest.raises(ValueError, match='MaskRCNN chooses its second stage by the picture'):
-        Deployable(two_stage)
+    with pytest.raises(ValueError, match=r"nms must be None or one of operator, products, got nms='fast'"):
+        Deployable(tasks.detector(), nms='fast')
+    with pytest.raises(ValueError, match='nms is for detection, Segmentor has no boxes'):
+        Deployable(task, nms='operator')
+    found = metadata(tasks.detector())
+    assert found['nms'] == 'outside' and found['decoding']['limit'] == 100 and found['divisor'] == 32
+    assert metadata(tasks.two_stages(masks=True))['nms'] == 'products'
