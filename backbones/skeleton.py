@@ -16,11 +16,15 @@ from torch import Tensor, nn
 
 from .backbone import Backbone, check_format, normalise_indices, rename
 from .layers.fold_norm import fold_into_next
-from .layers.grid import to_first
+from .layers.grid import ceil_div, to_first
 from .layers.heads import HeadFactory
 from .layers.norm import NormFactory
 
 Stage = Sequence[nn.Module]
+
+# Elements of a stage's maps that a CPU computes at once, as many images as that is. What blocks make of them, four times
+# as much in an MLP, then stays in the cache and comes from memory that was just freed instead of from new pages.
+_AT_ONCE = 600_000
 
 __all__ = ['Hierarchical', 'check_stages', 'normalise_indices', 'per_stage', 'rename']
 
@@ -151,8 +155,8 @@ class Hierarchical(Backbone):
         norms: Any = self.output_norms if norm and hasattr(self, 'output_norms') else {}
         x = x.contiguous(memory_format=torch.channels_last)
         maps = []
-        for s, (downsample, blocks) in enumerate(zip(self.downsample_layers, self.stages)):
-            x = self._run(blocks, downsample(x))
+        for s in range(len(self.stages)):
+            x = self._stage(s, x)
             if s in wanted:
                 out = norms[str(s)](x) if str(s) in norms else x
                 maps.append(to_first(out) if output_fmt == 'NCHW' else out)
@@ -163,6 +167,24 @@ class Hierarchical(Backbone):
         if self.norm_first and not self.features_only and len(self.stages) == s + 1:
             x = self.norm(x)
         return to_first(x), maps
+
+    def _stage(self, s: int, x: Tensor) -> Tensor:
+        """Downsampling and blocks of stage s; for inference on a CPU some images at a time, see `_AT_ONCE`."""
+        downsample, blocks = self.downsample_layers[s], self.stages[s]
+        step = self._images_at_once(s, x)
+        if step is None:
+            return self._run(blocks, downsample(x))
+        return torch.cat([self._run(blocks, downsample(images)) for images in x.split(step)])
+
+    def _images_at_once(self, s: int, x: Tensor) -> int | None:
+        """Fewer images than the batch holds, or None for all."""
+        if torch.compiler.is_compiling() or x.device.type != 'cpu' or self.training or torch.is_grad_enabled():
+            return None
+        shrink = self.strides[s] // (self.strides[s - 1] if s else 1)
+        height, width = (ceil_div(n, shrink) for n in (x.shape[1:3] if s else x.shape[2:]))
+        most = max(_AT_ONCE // (height * width * self.feature_info[s]['num_chs']), 1)
+        parts = ceil_div(x.shape[0], most)
+        return ceil_div(x.shape[0], parts) if parts > 1 else None
 
     def _run(self, blocks: nn.Module, x: Tensor) -> Tensor:
         for block in blocks:  # type: ignore[attr-defined]
