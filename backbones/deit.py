@@ -184,6 +184,10 @@ class DeiT(Plain):
                 break
         return (x if total is None else total), kept
 
+    @property
+    def prefix_suffices(self) -> bool:
+        return self.path_ensemble is None and super().prefix_suffices
+
     def pool(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, C); for two heads (B, 2, C)."""
         if not self.distilled or self.pooling == 'avg':

@@ -17,10 +17,11 @@ How a family plugs in. Its constructor makes the parts and hands them to `assemb
   mixer from a name, so that other mixers plug in from a config.
 
 What does not fit is overridden, one small method each: `embed` (streams beside the tokens), `run_blocks` (state that
-flows from block to block, recursion, tokens that merge), `finish` (class attention, the norm), `pool` (how tokens
-become one vector). Families whose blocks shrink the grid are better off on `Hierarchical`, with `PyramidLevel` for
-strides that they lack. Declare `sizes` (`AnySize()` without position tables), `reduced`, and `stem_keys`,
-`new_in_dense` and `classifier_keys` where there are more of them; the rest of timm's interface is inherited.
+flows from block to block, recursion, tokens that merge; then see `prefix_suffices` too), `finish` (class attention, the
+norm), `pool` (how tokens become one vector). Families whose blocks shrink the grid are better off on `Hierarchical`,
+with `PyramidLevel` for strides that they lack. Declare `sizes` (`AnySize()` without position tables), `reduced`, and
+`stem_keys`, `new_in_dense` and `classifier_keys` where there are more of them; the rest of timm's interface is
+inherited.
 """
 
 # B batch, N tokens, P of them prefix tokens, C channels, H W size of the grid, K classes
@@ -138,9 +139,9 @@ class Plain(Backbone):
             Logits (B, K); in dense form a list of (B, C, ceil(H / s), ceil(W / s)) maps for the strides s of
             `feature_info.reduction()`, with channels_last strides.
         """
-        if not self.features_only:
-            return self.forward_head(self.forward_features(x))
         self._check_image(x)
+        if not self.features_only:
+            return self.forward_head(self.finish(self._read_by_head(*self.embed(x))))
         height, width = x.shape[-2:]
         tokens, grid = self.embed(x)
         patches = self.to_map(self.run_blocks(tokens, grid)[0], grid)
@@ -233,6 +234,24 @@ class Plain(Backbone):
             if i == last:
                 break
         return x, kept
+
+    @property
+    def prefix_suffices(self) -> bool:
+        """Whether the last block may compute the prefix tokens alone, in evaluation, as the head reads no others.
+
+        False for families whose blocks or head read more, and where `run_blocks` returns something else than the
+        blocks' tokens.
+        """
+        single: bool = getattr(self.blocks[-1], 'prefix_alone', False)
+        return single and self.pooling == 'token' and self.num_prefix_tokens > 0 and not self.training
+
+    def _read_by_head(self, x: Tensor, grid: Grid) -> Tensor:
+        """The tokens after the last block, or the first of them where the head needs no more: the same in less time."""
+        if not self.prefix_suffices:
+            return self.run_blocks(x, grid)[0]
+        if len(self.blocks) > 1:
+            x = self.run_blocks(x, grid, last=len(self.blocks) - 2)[0]
+        return self._call(self.blocks[-1], x, grid, None, self.num_prefix_tokens)
 
     def finish(self, x: Tensor) -> Tensor:
         """What follows the blocks in a classifier."""

@@ -139,13 +139,16 @@ class TokenAttention(nn.Module):
         # what fold_norm may fold a norm into: a gate reads the normalised input too
         self.first_linears: tuple[str, ...] = ('qkv',) if gate is None else ()
 
-    def forward(self, x: Tensor, grid: tuple[int, int], bias: Tensor | None = None) -> Tensor:
-        """(B, N, C) -> (B, N, C).
+    def forward(
+        self, x: Tensor, grid: tuple[int, int], bias: Tensor | None = None, outputs: int | None = None
+    ) -> Tensor:
+        """(B, N, C) -> (B, N, C), or (B, outputs, C).
 
         Args:
             grid: (H, W) with N = P + H W; read by windows alone.
             bias: added to the scaled products, of a shape that broadcasts to (B, h, N, N): for merged tokens the
                 logarithm of their sizes, (B, 1, 1, N).
+            outputs: of the first tokens alone, without windows; None computes all.
         """
         qkv = self.qkv(x)
         if self.window_size is not None:
@@ -154,9 +157,10 @@ class TokenAttention(nn.Module):
             query, key, value = self._split(qkv)
             if self.training and self.key_drop:
                 key, value, bias = self._drop_keys(key, value, bias)
+            query = query if outputs is None else query[:, :, :outputs]
             out = self._attend(query, key, value, bias).transpose(1, 2)
         if self.gate is not None:
-            out = out * self.gate(x)
+            out = out * self.gate(x if outputs is None else x[:, :outputs])
         return self.proj(out.flatten(2))
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:

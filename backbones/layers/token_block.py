@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .fold_norm import fold_into_next
 from .norm import NormFactory
 from .scale import Scale, fold_scale
+from .token_attention import TokenAttention
 
 
 class TokenBlock(nn.Module):
@@ -43,7 +44,18 @@ class TokenBlock(nn.Module):
         self.layer_scale1 = Scale(dim, init=layer_scale) if layer_scale is not None else None
         self.layer_scale2 = Scale(dim, init=layer_scale) if layer_scale is not None else None
 
-    def forward(self, x: Tensor, grid: tuple[int, int], bias: Tensor | None = None) -> Tensor:
+    @property
+    def prefix_alone(self) -> bool:
+        """Whether `outputs` can be asked for."""
+        return isinstance(self.attn, TokenAttention) and self.attn.window_size is None
+
+    def forward(
+        self, x: Tensor, grid: tuple[int, int], bias: Tensor | None = None, outputs: int | None = None
+    ) -> Tensor:
+        """`bias` and `outputs` as in `TokenAttention`."""
+        if outputs is not None:
+            branch = self.attn(self.norm1(x), grid, bias, outputs)
+            return self.mix_channels(self._add(x[:, :outputs], branch, self.layer_scale1))
         return self.mix_channels(self.mix_tokens(x, grid, bias))
 
     def mix_tokens(self, x: Tensor, grid: tuple[int, int], bias: Tensor | None = None) -> Tensor:
@@ -66,5 +78,8 @@ class TokenBlock(nn.Module):
 
     def _add(self, x: Tensor, branch: Tensor, scale: Scale | None) -> Tensor:
         branch = self.drop_path(branch)
-        # one pass over memory instead of two
-        return x + branch if scale is None else torch.addcmul(x, branch, scale.scale)
+        if scale is not None:
+            return torch.addcmul(x, branch, scale.scale)  # one pass over memory instead of two
+        in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and branch.dtype == x.dtype
+        # allocating tokens costs more than the sum
+        return branch.add_(x) if in_place and branch is not x else x + branch

@@ -278,6 +278,35 @@ def test_paths_train():
         small(pruned_paths=(6,))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize('options', [{}, dict(gate='linear'), dict(clip=dict(gamma=-0.01))])
+def test_the_last_block_computes_what_the_head_reads(options):
+    model, seen = small(token_mixer=options, layer_scale=0.5, distilled=True), []
+    model.blocks[-1].mlp.register_forward_hook(lambda module, inputs, out: seen.append(out.shape[1]))
+    whole = model.forward_head(model.forward_features(image()))
+    torch.testing.assert_close(model(image()), whole)
+    assert seen == [2 + 24, 2]
+    model.train()(image())
+    model.eval().reset_classifier(3, global_pool='avg')
+    torch.testing.assert_close(model(image()), model.forward_head(model.forward_features(image())))
+    assert seen[2:] == [2 + 24] * 3
+
+
+def test_inference_in_place_equals_training_graphs():
+    """Without gradients sums and activations overwrite branches: never what was kept, nor the input."""
+    model, x = small(), image()
+    expected, maps = model.forward_intermediates(x)
+    before = x.clone()
+    with torch.no_grad():
+        ours, again = model.forward_intermediates(x)
+    torch.testing.assert_close(ours, expected)
+    for a, b in zip(again, maps, strict=True):
+        torch.testing.assert_close(a, b)
+    assert torch.equal(x, before)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        assert model.run_blocks(*model.embed(x))[0].dtype == torch.float32  # the residual stream stays float32
+
+
 # ---- timm's interface
 
 
