@@ -3,7 +3,7 @@
 densezoo models                                   all of densezoo's own, as a table
 densezoo models 'caformer*' --size 384            a shell pattern; multiply-adds at 384x384
 densezoo models 'poolformer_s*' --throughput      images per second here, batch 8
-densezoo models swin_tiny --kernels --device cuda  which kernels one image takes there
+densezoo models 'poolformer_s*' --kernels            which kernels one image takes here (--device cuda: there)
 densezoo models --format markdown                 or json
 """
 
