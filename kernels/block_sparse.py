@@ -15,7 +15,7 @@ from .dispatch import refuse_triton, select
 
 # Share of the blocks of keys that the fullest row sees, up to which it is faster on a CPU to gather them than to mask
 # all (measured, see BENCHMARKS.md).
-CROSSOVER = 0.5
+CROSSOVER = 0.4
 
 
 def block_sparse_attention(

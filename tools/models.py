@@ -3,6 +3,7 @@
 densezoo models                                   all of densezoo's own, as a table
 densezoo models 'caformer*' --size 384            a shell pattern; multiply-adds at 384x384
 densezoo models 'poolformer_s*' --throughput      images per second here, batch 8
+densezoo models 'poolformer_s*' --kernels            which kernels one image takes here (--device cuda: there)
 densezoo models --format markdown                 or json
 """
 
@@ -18,6 +19,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from densezoo.backbones import AnySize, FixedSize, Resampled, create_model, list_models
+from densezoo.kernels import record_choices
 from densezoo.tools.common import report_errors
 
 COLUMNS = {
@@ -27,6 +29,7 @@ COLUMNS = {
     'macs': 'MACs (G)',
     'top1': 'top-1 (%)',
     'images_per_second': 'images/s',
+    'kernels': 'kernels',
     'pyramid': 'pyramid at',
     'export': 'export',
     'licence': 'licence',
@@ -93,6 +96,14 @@ def measure(
     return batch / fastest
 
 
+def kernels_of(name: str, *, size: int, dense: bool = False, device: str = 'cpu') -> str:
+    """The path that each operation of densezoo.kernels takes for one image in evaluation mode: 'pool_mixer: torch'."""
+    model = create_model(name, features_only=dense).eval().to(device)
+    with torch.inference_mode(), record_choices() as choices:
+        model(torch.zeros(1, 3, size, size, device=device))
+    return ', '.join(dict.fromkeys(f'{choice.operation}: {choice.backend}' for choice in choices)) or 'none'
+
+
 def as_text(rows: list[dict[str, Any]], markdown: bool = False) -> str:
     """A table with one column per key that any row has a value for."""
     if markdown:
@@ -127,8 +138,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--size', type=int, help='height and width; by default the published one')
     parser.add_argument('--dense', action='store_true', help='the dense form: a pyramid, no classifier')
     parser.add_argument('--throughput', action='store_true', help='measure images per second')
+    parser.add_argument('--kernels', action='store_true', help='run one image and show which kernels it takes')
     parser.add_argument('--batch', type=int, default=8, help='images at once for --throughput')
-    parser.add_argument('--device', default='cpu', help='device for --throughput')
+    parser.add_argument('--device', default='cpu', help='device for --throughput and --kernels')
     arguments = parser.parse_args(argv)
     names = list_models(arguments.filter)
     if not names:
@@ -140,6 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             row['images_per_second'] = measure(
                 name, size=row['size'], dense=arguments.dense, batch=arguments.batch, device=arguments.device
             )
+        if arguments.kernels:
+            row['kernels'] = kernels_of(name, size=row['size'], dense=arguments.dense, device=arguments.device)
         rows.append(row)
     if arguments.format == 'json':
         print(json.dumps(rows, indent=2))

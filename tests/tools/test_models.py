@@ -64,6 +64,13 @@ def test_throughput(capsys):
     assert json.loads(capsys.readouterr().out)[0]['images_per_second'] > 0
 
 
+def test_kernels_are_shown(capsys):
+    models.main(['identityformer_s12', '--kernels', '--size', '64', '--format', 'json'])
+    assert json.loads(capsys.readouterr().out)[0]['kernels'] == 'none'
+    models.main(['poolformer_s12', '--kernels', '--size', '64'])
+    assert 'pool_mixer: torch' in capsys.readouterr().out
+
+
 def test_no_match_is_an_error(capsys):
     assert models.main(['resnet*']) == 1
     assert capsys.readouterr().err == "error: no model matches 'resnet*'; `densezoo models` lists them all\n"

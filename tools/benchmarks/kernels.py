@@ -2,7 +2,8 @@
 
 Made for a GPU (`--device cuda`), where ours are the Triton kernels; on a CPU the references run, against the same
 peers. Each peer's result is compared with ours before anything is timed. With every row goes the floor of its
-forward pass, counted and not measured: bytes, each tensor read or written once, and operations (two for a multiply and an add); and
+forward pass, counted and not measured: bytes, each tensor read or written once, and operations (two for a multiply and
+an add); and
 the share of the measured copy bandwidth that the bytes in our time amount to.
 
 Peers: roll + partition + scaled_dot_product_attention with bias and mask; the same windows through compiled
