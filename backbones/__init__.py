@@ -1,6 +1,7 @@
 """Backbones: image -> feature pyramid or logits. `create_model(name)` is the door, `list_models()` lists the names."""
 
 from . import (
+    cct,
     crossformer,
     cswin,
     davit,
@@ -32,6 +33,7 @@ __all__ = [
     'AnySize',
     'FixedSize',
     'Resampled',
+    'cct',
     'create_model',
     'crossformer',
     'cswin',

@@ -38,7 +38,8 @@ def ending(stem: str) -> str:
 
 def create(stem: str, **overrides: Any) -> Any:
     """The model that a file describes, in the form that its ending names."""
-    return create_model(registered_name(stem), **{**FORMS.get(ending(stem), {}), **overrides})
+    classes = (probe.load(stem).get('config') or {}).get('num_classes', 1000)
+    return create_model(registered_name(stem), **{**FORMS.get(ending(stem), {}), 'num_classes': classes, **overrides})
 
 
 @lru_cache(1)
