@@ -20,7 +20,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 # Families whose gradients were recorded through an error of PyTorch's (batch norm in evaluation mode, one image, on a
 # CPU, gradients that arrive transposed): their own test files compare them, in the layout that meets the error.
-OWN_GRADIENTS = ('lit', 'litv2')
+OWN_GRADIENTS = ('dhvt', 'lit', 'litv2')
 # recorded gradients that a fault of PyTorch's batch norm spoilt: see their family's tests
 SPOILT = {('tiny_vit_5m_224', 'grad_224')}
 _STRIDES = {'c2': 4, 'c3': 8, 'c4': 16, 'c5': 32}
