@@ -1,6 +1,7 @@
 """Backbones: image -> feature pyramid or logits. `create_model(name)` is the door, `list_models()` lists the names."""
 
 from . import (
+    activator,
     cct,
     crossformer,
     cswin,
@@ -12,6 +13,7 @@ from . import (
     gfnet,
     hornet,
     hyena,
+    kv_transformer,
     lit,
     litv2,
     mano,
@@ -34,6 +36,7 @@ __all__ = [
     'AnySize',
     'FixedSize',
     'Resampled',
+    'activator',
     'cct',
     'create_model',
     'crossformer',
@@ -46,6 +49,7 @@ __all__ = [
     'gfnet',
     'hornet',
     'hyena',
+    'kv_transformer',
     'list_models',
     'lit',
     'litv2',
