@@ -66,6 +66,7 @@ class DeiT(Plain):
         norm: normalisation throughout, by name.
         layer_scale: start value of the branches' learnable scales; None leaves them out.
         distilled: a distillation token and a second head.
+        class_token: without it the classifier reads the mean of all tokens.
         class_position: prefix tokens have positions too.
         constant_drop_path: all blocks drop at `drop_path_rate`; otherwise the rate rises to it.
         path_scale: start value of EnsembleScale, learnable weights of what each branch adds to the last block's output;
@@ -95,6 +96,7 @@ class DeiT(Plain):
         norm: str = 'layer',
         layer_scale: float | None = None,
         distilled: bool = False,
+        class_token: bool = True,
         class_position: bool = True,
         constant_drop_path: bool = False,
         path_scale: float | None = None,
@@ -112,8 +114,11 @@ class DeiT(Plain):
     ):
         super().__init__()
         check_plain(depth=depth, dim=dim, patch_size=patch_size)
+        if distilled and not class_token:
+            raise ValueError(f'a distilled model needs its class token, got {distilled=}, {class_token=}')
         make_norm = norm_factory(norm)
-        prefix = ('cls_token', 'dist_token') if distilled else ('cls_token',)
+        prefix = ('cls_token', 'dist_token')[: class_token + distilled]
+        grid = grid_of(img_size, patch_size)
         rising = drop_path_schedule([depth], drop_path_rate)[0]
         self.distilled, self.drop_path_rises = distilled, not constant_drop_path
         blocks = [
@@ -127,6 +132,7 @@ class DeiT(Plain):
                     prefix=len(prefix),
                     qkv_bias=qkv_bias,
                     window_size=window,
+                    grid=grid,
                 ),
                 mlp=Mlp(dim=dim, ratio=mlp_ratio),
                 drop_path=drop_path_rate if constant_drop_path else rate,
@@ -146,14 +152,14 @@ class DeiT(Plain):
             patch_embed=build_stem(stem, in_chans=in_chans, dim=dim, patch_size=patch_size),
             position=PositionTable(
                 dim,
-                grid_of(img_size, patch_size),
+                grid,
                 prefix=len(prefix) if class_position else 0,
                 method=self.resize_method,
             ),
             prefix=prefix,
             blocks=blocks,
             norm=make_norm,
-            pooling='token',
+            pooling='token' if class_token else 'avg',
             head=head,
             pyramid_dim=pyramid_dim,
             in_chans=in_chans,

@@ -38,7 +38,7 @@ from .layers.grid import ceil_div, to_first
 from .layers.heads import HeadFactory
 from .layers.norm import NormFactory
 from .layers.pyramid import PyramidLevel, pyramid_strides
-from .sizes import Resampled
+from .sizes import AnySize, FixedSize, Resampled
 
 Grid = tuple[int, int]
 
@@ -50,7 +50,7 @@ class Plain(Backbone):
     classifier's `feature_info` lists blocks. The dense form's lists the pyramid's levels.
     """
 
-    sizes = Resampled(how='position tables bicubically')
+    sizes: AnySize | FixedSize = Resampled(how='position tables bicubically')
     new_in_dense: ClassVar[tuple[str, ...]] = ('pyramid.',)
     reduced: ClassVar[dict[str, Any]] = {'depth': 3, 'dim': 32, 'num_heads': 2}
     norm_first = True

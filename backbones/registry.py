@@ -13,6 +13,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Format
 from timm.models import PretrainedCfg, is_model
 from torch import nn
@@ -70,6 +71,8 @@ def weights(
     first_conv: str = 'downsample_layers.0.conv',
     licence: str = 'apache-2.0',
     page: str | None = None,
+    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
+    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD,
 ) -> Weights:
     """Describes published weights.
 
@@ -81,6 +84,7 @@ def weights(
         params: published parameters in 1e6 (a whole number if no decimals were published).
         macs: published multiply-adds in 1e9 at `size`, None if there is no such figure.
         classifier, first_conv: layers that depend on the number of classes and of the image's channels.
+        mean, std: that images from 0 to 1 are normalised with.
     """
     cfg = PretrainedCfg(
         url=url,
@@ -89,6 +93,8 @@ def weights(
         num_classes=num_classes,
         crop_pct=crop_pct,
         interpolation='bicubic',
+        mean=mean,
+        std=std,
         classifier=classifier,  # type: ignore[arg-type]
         first_conv=first_conv,
         license=licence,

@@ -9,6 +9,7 @@ maps are resampled bilinearly; linear attention is float32 in all of them (their
 
 # B batch, C channels, H W size of the current stage, h heads, d head width, w window, N positions attended to
 import contextlib
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -157,6 +158,15 @@ class SimplifiedLinearAttention(nn.Module):
         if shift:
             out = out.roll((shift, shift), (1, 2))
         return self.proj(out if fits else cropped(out, H, W))
+
+    def resample(self, state: dict[str, Tensor], prefix: str) -> None:
+        """Resizes a checkpoint's position encoding of another whole map, which must be square."""
+        table = state.get(prefix + 'positional_encoding')
+        if self.window_size is not None or not isinstance(table, Tensor) or table.ndim != 3:
+            return
+        side = math.isqrt(table.shape[1])
+        if side * side == table.shape[1] and table.shape[1:] != self.positional_encoding.shape[1:]:
+            state[prefix + 'positional_encoding'] = resampled(table, (side, side), *self.grid)
 
     def attend(self, qkv: Tensor) -> Tensor:
         """(B, H, W, 3C), channels ordered (q | k | v), to (B, H, W, C): all positions attend to each other."""

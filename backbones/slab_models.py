@@ -2,7 +2,7 @@
 arXiv 2405.11582.
 
 Written from the paper and the facts of the authors' code, https://github.com/xinghaochen/SLAB (no licence is stated,
-for the weights neither): Swin, PVT and CSWin with batch norm that training reaches from LayerNorm
+for the weights neither): Swin, PVT, CSWin and DeiT with batch norm that training reaches from LayerNorm
 (`layers.rep_norm`, `train.hooks.NormSchedule`) and with linear attention in early stages (`slab`). Differs: published
 classifiers take one image size, see `slab`; merging the norms for deployment (`layers.fold_norm`) keeps the product of
 alpha and the stem's bias, which the authors' drops.
@@ -10,9 +10,12 @@ alpha and the stem's bias, which the authors' drops.
 
 from typing import Any, ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from .backbone import rename
 from .cswin import CSWin
+from .deit import DeiT
 from .layers import PRepBN
 from .layers.rep_norm import flatten_prepbn
 from .pvt import PVT
@@ -76,10 +79,29 @@ class SlabCSWin(CSWin):
         return super().convert(flatten_prepbn(state))
 
 
+class SlabDeiT(DeiT):
+    """DeiT with RepBN or PRepBN throughout; with linear attention it has no class token."""
+
+    sizes = Resampled(how='position tables bicubically, position encodings bilinearly')
+    reduced: ClassVar[dict[str, Any]] = {**DeiT.reduced, 'norm': 'repbn'}
+
+    def assemble(self, **parts: Any) -> None:
+        super().assemble(**parts)
+        if not self.prefix_names:  # in the published weights, and never used
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, parts['dim']), requires_grad=False)
+
+    @classmethod
+    def convert(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the authors' names; linear attention is a mixer of maps."""
+        linear = any(key.endswith('.attn.positional_encoding') for key in state)
+        inside = [(r'blocks\.(\d+)\.attn\.', r'blocks.\1.attn.mixer.')] if linear else []
+        return rename(super().convert(flatten_prepbn(state)), inside)
+
+
 _URL = 'https://github.com/xinghaochen/SLAB/releases/download/ckpts/'
 
 
-def _published(name: str, top1: float | None, params: float, file: bool = True) -> list[Any]:
+def _published(name: str, top1: float | None, params: float, file: bool = True, **cfg: Any) -> list[Any]:
     """One set of weights; parameters in 1e6 are counted, `file=False`: it was never published."""
     return [
         weights(
@@ -92,6 +114,7 @@ def _published(name: str, top1: float | None, params: float, file: bool = True) 
             paper='https://arxiv.org/abs/2405.11582',
             origin='https://github.com/xinghaochen/SLAB',
             licence='not stated',
+            **cfg,
         )
     ]
 
@@ -219,4 +242,44 @@ register(
     **_CSWIN,
     drop_path=0.3,
     weights=_published('slab_cswin_small', None, 35.5, file=False),
+)
+
+_DEIT: dict[str, Any] = {'first_conv': 'patch_embed.conv'}
+_LINEAR: dict[str, Any] = {
+    'token_mixer': {'name': 'map', 'mixer': 'sla'},
+    'norm': 'prepbn',
+    'class_token': False,
+}
+
+register(
+    'deit_tiny_prepbn',
+    SlabDeiT,
+    dim=192,
+    num_heads=3,
+    norm='repbn',
+    weights=_published('deit_tiny_prepbn', 73.6, 5.7, **_DEIT),
+)
+register(
+    'deit_small_prepbn',
+    SlabDeiT,
+    dim=384,
+    num_heads=6,
+    norm='prepbn',
+    weights=_published('deit_small_prepbn', 80.2, 22.1, **_DEIT),
+)
+register(
+    'slab_deit_tiny',
+    SlabDeiT,
+    dim=192,
+    num_heads=3,
+    **_LINEAR,
+    weights=_published('slab_deit_tiny', 74.3, 6.2, **_DEIT),
+)
+register(
+    'slab_deit_small',
+    SlabDeiT,
+    dim=384,
+    num_heads=6,
+    **_LINEAR,
+    weights=_published('slab_deit_small', 80.0, 23.0, **_DEIT),
 )

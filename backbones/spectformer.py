@@ -1,10 +1,12 @@
-"""SpectFormer, the hierarchical models: Frequency and Attention is what you need in a Vision Transformer, arXiv
-2304.06446.
+"""SpectFormer: Frequency and Attention is what you need in a Vision Transformer, arXiv 2304.06446; hierarchical models,
+and plain ones, which are GFNet's with attention in the last blocks (`PlainGFNet`).
 
 Written from the paper and the facts of the authors' code, https://github.com/badripatro/SpectFormers (no licence
 stated; no weights published). Differs: other sizes than the one that filters were made for are taken, by interpolating
-them as GFNet's authors do; training does not mix tokens and returns what evaluation returns. The authors published no
-dense form: ours has the classifier's norms after stages 1 to 3 and a new one after the last.
+them as GFNet's authors do; training does not mix tokens and returns what evaluation returns. The authors' code gives
+all plain models 6 heads, which runs for 384 channels alone, beside a remark of 4 for the tiny and 12 for the base one:
+ours have 64 channels each, 4, 6 and 8 heads. The authors published no dense form: the hierarchical one has the
+classifier's norms after stages 1 to 3 and a new one after the last.
 """
 
 import itertools
@@ -15,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .gfnet import PlainGFNet
 from .layers import (
     ConvDownsample,
     ConvMlp,
@@ -268,6 +271,45 @@ _PAPER: dict[str, Any] = {
     'first_conv': 'downsample_layers.0.conv.0',
 }
 
+_PLAIN: dict[str, Any] = {**_PAPER, 'classifier': 'head', 'first_conv': 'patch_embed.conv'}
+
+# the README gives xs 22 million parameters, the authors' log and code 20.0; tiny and xs train without stochastic depth
+register(
+    'spectformer_ti',
+    PlainGFNet,
+    dim=256,
+    filter_blocks=4,
+    num_heads=4,
+    weights=[weights('in1k', None, top1=76.9, params=9, macs=1.8, **_PLAIN)],
+)
+register(
+    'spectformer_xs',
+    PlainGFNet,
+    dim=384,
+    filter_blocks=4,
+    num_heads=6,
+    weights=[weights('in1k', None, top1=80.2, params=20.0, macs=4.0, **_PLAIN)],
+)
+register(
+    'spectformer_s',
+    PlainGFNet,
+    depth=19,
+    dim=384,
+    filter_blocks=4,
+    num_heads=6,
+    drop_path=0.15,
+    weights=[weights('in1k', None, top1=81.7, params=32, macs=6.6, **_PLAIN)],
+)
+register(
+    'spectformer_b',
+    PlainGFNet,
+    depth=19,
+    dim=512,
+    filter_blocks=4,
+    num_heads=8,
+    drop_path=0.25,
+    weights=[weights('in1k', None, top1=82.1, params=57, macs=11.5, **_PLAIN)],
+)
 register(
     'spectformer_h_s',
     SpectFormer,

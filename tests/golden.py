@@ -20,7 +20,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 # Families whose gradients were recorded through an error of PyTorch's (batch norm in evaluation mode, one image, on a
 # CPU, gradients that arrive transposed): their own test files compare them, in the layout that meets the error.
-OWN_GRADIENTS = ('lit', 'litv2')
+OWN_GRADIENTS = ('dhvt', 'lit', 'litv2')
 # recorded gradients that a fault of PyTorch's batch norm spoilt: see their family's tests
 SPOILT = {('tiny_vit_5m_224', 'grad_224'), ('vit_tiny_hmlp_stem_d4', 'grad_224')}
 _STRIDES = {'c2': 4, 'c3': 8, 'c4': 16, 'c5': 32}
@@ -38,7 +38,8 @@ def ending(stem: str) -> str:
 
 def create(stem: str, **overrides: Any) -> Any:
     """The model that a file describes, in the form that its ending names."""
-    return create_model(registered_name(stem), **{**FORMS.get(ending(stem), {}), **overrides})
+    classes = (probe.load(stem).get('config') or {}).get('num_classes', 1000)
+    return create_model(registered_name(stem), **{**FORMS.get(ending(stem), {}), 'num_classes': classes, **overrides})
 
 
 @lru_cache(1)

@@ -2,6 +2,7 @@
 
 from .block import MetaFormerBlock
 from .downsample import ConvDownsample
+from .map_mixer import MapMixer
 from .mixers import MIXERS, Attention, IdentityMixer, PoolMixer, RandomMixer, SepConv, build_mixer, mixer
 from .mlp import ACTIVATIONS, ConvMlp, Mlp, SquaredReLU, StarReLU
 from .norm import NORMS, BatchNorm, JointNorm, LayerNorm, norm_factory
@@ -24,6 +25,7 @@ __all__ = [
     'IdentityMixer',
     'JointNorm',
     'LayerNorm',
+    'MapMixer',
     'MetaFormerBlock',
     'Mlp',
     'PRepBN',

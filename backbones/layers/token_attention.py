@@ -104,6 +104,7 @@ class TokenAttention(nn.Module):
         gate: 'linear', 'mlp' or 'all_heads' multiplies each head's output by a gate of the token; None has none.
         key_drop: share of the patches' keys that are left out while training, drawn anew for each image in each call;
             those of prefix tokens stay.
+        attn_drop: probability of dropping a single weight p while training.
     """
 
     last_linear = 'proj'
@@ -120,6 +121,7 @@ class TokenAttention(nn.Module):
         clip: Mapping[str, float] | None = None,
         gate: str | None = None,
         key_drop: float = 0.0,
+        attn_drop: float = 0.0,
     ):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
@@ -130,7 +132,10 @@ class TokenAttention(nn.Module):
             raise ValueError(f'window_size must be positive, got {window_size=}')
         if window_size is not None and (clip is not None or key_drop):
             raise ValueError(f'windows take neither clip nor key_drop, got {window_size=}, {clip=}, {key_drop=}')
+        if not 0 <= attn_drop < 1 or (attn_drop and window_size is not None):
+            raise ValueError(f'attn_drop must be from 0 to below 1, and 0 in windows, got {attn_drop=}, {window_size=}')
         self.num_heads, self.prefix, self.key_drop, self.window_size = num_heads, prefix, key_drop, window_size
+        self.attn_drop = attn_drop
         self.scale = (dim // num_heads) ** -0.5 if scale is None else scale
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.softmax = None if clip is None else ClippedSoftmax(**clip)
@@ -169,10 +174,11 @@ class TokenAttention(nn.Module):
         return qkv.reshape(B, N, 3, self.num_heads, C3 // 3 // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        drop = self.attn_drop if self.training else 0.0
         if self.softmax is None:
-            return F.scaled_dot_product_attention(query, key, value, bias, scale=self.scale)
+            return F.scaled_dot_product_attention(query, key, value, bias, dropout_p=drop, scale=self.scale)
         logits = (query * self.scale) @ key.transpose(-2, -1)
-        return self.softmax(logits if bias is None else logits + bias) @ value
+        return F.dropout(self.softmax(logits if bias is None else logits + bias), drop, self.training) @ value
 
     def _in_windows(self, qkv: Tensor, grid: tuple[int, int], bias: Tensor | None) -> Tensor:
         """(B, N, h, d)."""

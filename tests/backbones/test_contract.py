@@ -306,6 +306,8 @@ def test_drop_path_schedule(name):
 def test_metadata_and_parameters(name):
     with torch.device('meta'):
         model = create_model(name)
+        if model.default_cfg['num_classes'] != 1000:  # as published
+            model = create_model(name, num_classes=model.default_cfg['num_classes'])
     cfg, published = model.default_cfg, model.metadata
     assert cfg['architecture'] == name
     assert model.get_submodule(cfg['first_conv']).in_channels == 3

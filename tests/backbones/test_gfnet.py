@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from densezoo.backbones import create_model, load_checkpoint
+from densezoo.backbones.gfnet import GFNetBlock
 
 SMALL = {'depths': (1, 1, 1, 1), 'dims': (16, 24, 32, 40)}
 
@@ -24,11 +25,22 @@ def test_tokens_of_all_stages():
         probe.compare(ours.flatten(1, 2), tokens)
 
 
-@pytest.mark.parametrize(('name', 'millions'), [('gfnet_h_ti', 15), ('gfnet_h_s', 32), ('gfnet_h_b', 54)])
+@pytest.mark.parametrize(
+    ('name', 'millions'),
+    [
+        ('gfnet_ti', 7.5),
+        ('gfnet_xs', 16),
+        ('gfnet_s', 25),
+        ('gfnet_b', 43),
+        ('gfnet_h_ti', 15),
+        ('gfnet_h_s', 32),
+        ('gfnet_h_b', 54),
+    ],
+)
 def test_published_sizes(name, millions):
     with torch.device('meta'):
         model = create_model(name)
-    assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
+    assert abs(sum(p.numel() for p in model.parameters()) / 1e6 - millions) <= 0.51
 
 
 @torch.no_grad()
@@ -70,3 +82,47 @@ def test_mixer_in_another_family():
     assert [m.shape[1:] for m in model(torch.randn(1, 3, 33, 65))] == [(16, 9, 17), (24, 5, 9), (32, 3, 5), (40, 2, 3)]
     sized = create_model('caformer_s18', **SMALL, mixers='global_filter', img_size=(64, 96))
     assert sized.stages[1][0].token_mixer.complex_weight.shape == (8, 7, 24, 2)
+
+
+# ---- plain models
+
+
+PLAIN = {'depth': 3, 'dim': 32, 'num_heads': 2, 'num_classes': 5}
+
+
+@torch.no_grad()
+def test_plain_models_take_weights_of_another_size():
+    torch.manual_seed(0)
+    model = create_model('gfnet_ti', **PLAIN, img_size=128).eval()
+    other = load_checkpoint(create_model('gfnet_ti', **PLAIN, img_size=(96, 160)).eval(), model.state_dict())
+    assert other.blocks[0].filter.complex_weight.shape == (6, 6, 32, 2)
+    x = torch.randn(2, 3, 96, 160)
+    torch.testing.assert_close(other(x), model(x), rtol=1e-4, atol=1e-6)
+    theirs = model.blocks[0].filter.complex_weight.flatten(2).permute(2, 0, 1)[None]
+    theirs = F.interpolate(theirs, size=(6, 6), mode='bicubic', align_corners=True)[0].permute(1, 2, 0)
+    torch.testing.assert_close(other.blocks[0].filter.complex_weight, theirs.reshape(6, 6, 32, 2))
+
+
+@torch.no_grad()
+def test_plain_models_pool_the_normed_tokens():
+    model = create_model('gfnet_ti', **PLAIN).eval()
+    tokens = model.forward_features(torch.randn(1, 3, 40, 72))
+    assert tokens.shape == (1, 3 * 5, 32)
+    torch.testing.assert_close(tokens.mean(-1), torch.zeros(1, 15), rtol=0, atol=1e-6)
+    torch.testing.assert_close(model.forward_head(tokens, pre_logits=True), tokens.mean(1))
+
+
+@torch.no_grad()
+def test_tokens_and_maps_are_filtered_alike():
+    torch.manual_seed(0)
+    block = GFNetBlock(dim=8, grid=(3, 5), mlp_ratio=2.0, layer_scale=None, drop_path=0.0)
+    x = torch.randn(2, 3, 5, 8)
+    torch.testing.assert_close(block(x.flatten(1, 2), (3, 5)), block(x).flatten(1, 2))
+
+
+def test_number_of_filter_blocks():
+    blocks = create_model('gfnet_ti', **PLAIN, filter_blocks=2).blocks
+    assert [hasattr(block, 'filter') for block in blocks] == [True, True, False]
+    assert [hasattr(block, 'filter') for block in create_model('gfnet_ti', **PLAIN).blocks] == [True] * 3
+    with pytest.raises(ValueError, match='filter_blocks must not be negative, got filter_blocks=-1'):
+        create_model('gfnet_ti', **PLAIN, filter_blocks=-1)

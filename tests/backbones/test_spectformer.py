@@ -39,12 +39,19 @@ def test_without_token_labels():
 
 
 @pytest.mark.parametrize(
-    ('name', 'millions'), [('spectformer_h_s', 22.2), ('spectformer_h_b', 33.1), ('spectformer_h_l', 54.7)]
+    ('name', 'millions'),
+    [
+        ('spectformer_ti', 9.158376),  # the authors' logs
+        ('spectformer_xs', 20.028520),
+        ('spectformer_h_s', 22.2),
+        ('spectformer_h_b', 33.1),
+        ('spectformer_h_l', 54.7),
+    ],
 )
 def test_published_sizes(name, millions):
     with torch.device('meta'):
         model = create_model(name)
-    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == pytest.approx(millions, abs=0.051)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.051)
 
 
 @torch.no_grad()
@@ -77,3 +84,13 @@ def test_mixer_in_another_family():
 def test_heads_must_divide_the_channels():
     with torch.device('meta'), pytest.raises(ValueError, match=r'num_heads must divide .*got num_heads=9, dim=320'):
         create_model('spectformer_h_s', num_heads=(2, 4, 9, 14))
+
+
+def test_plain_models_have_filters_first():
+    with torch.device('meta'):
+        blocks = create_model('spectformer_b').blocks
+    assert [hasattr(block, 'filter') for block in blocks] == [True] * 4 + [False] * 15
+    assert blocks[-1].attn.num_heads == 8
+    small = create_model('spectformer_ti', depth=6, dim=32, num_heads=2, features_only=True, window_size=2)
+    assert [block.attn.window_size for block in small.blocks[4:]] == [2, None]
+    assert len(small(torch.randn(1, 3, 40, 72))) == 4

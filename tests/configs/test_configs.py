@@ -24,7 +24,10 @@ def build_on_meta(config: Config) -> torch.nn.Module:
 def test_there_are_configs_for_every_task():
     folders = {name.split('/')[0] for name in NAMES}
     assert folders == {'quickstart', 'custom', 'classification', 'detection', 'segmentation', 'restoration'}
-    for folder, more in (('quickstart', {'detection_fcos'}), ('custom', set())):
+    for folder, more in (
+        ('quickstart', {'detection_fcos', 'classification_cct', 'classification_dhvt'}),
+        ('custom', set()),
+    ):
         tasks = {name.split('/')[1] for name in NAMES if name.startswith(f'{folder}/')}
         assert tasks == more | {'classification', 'detection', 'instance', 'segmentation', 'restoration'}
 
