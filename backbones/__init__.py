@@ -21,6 +21,7 @@ from . import (
     slab_models,
     spectformer,
     swin,
+    t2t_vit,
     tiny_vit,
     twins,
 )
@@ -55,6 +56,7 @@ __all__ = [
     'slab_models',
     'spectformer',
     'swin',
+    't2t_vit',
     'tiny_vit',
     'twins',
 ]
