@@ -23,6 +23,7 @@ from . import (
     swin,
     t2t_vit,
     tiny_vit,
+    tnt,
     twins,
 )
 from .checkpoint import load_checkpoint
@@ -58,5 +59,6 @@ __all__ = [
     'swin',
     't2t_vit',
     'tiny_vit',
+    'tnt',
     'twins',
 ]

@@ -25,6 +25,7 @@ DEFAULT_MODELS = (
     'tiny_vit_5m_224',
     'efficientvit_cls_b1',
     'efficientvit_cls_l1',
+    'tnt_s_patch16_224',
 )
 
 
