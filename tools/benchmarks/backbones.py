@@ -29,6 +29,7 @@ DEFAULT_MODELS = (
     'efficientvit_cls_l1',
     'deit_tiny_patch16_224',
     'cait_xxs24_224',
+    'tnt_s_patch16_224',
 )
 
 

@@ -1,0 +1,22 @@
+"""Semantic FPN on PyramidTNT-Ti, ADE20K: PoolFormer's recipe (AdamW 2e-4, batch 32, 40k iterations, poly 0.9)."""
+
+from mmengine.config import read_base
+
+from densezoo.backbones import create_model
+from densezoo.heads import FPN, SemanticFPN
+from densezoo.train import Preprocess, Segmentor
+
+with read_base():
+    from .._base_.ade20k_40k import *
+
+model = dict(
+    type=Segmentor,
+    backbone=dict(
+        type=create_model, name='ptnt_ti_patch16_192', pretrained=True, features_only=True, drop_path_rate=0.1
+    ),
+    neck=dict(type=FPN, out_channels=256),
+    head=dict(type=SemanticFPN, num_classes=150, channels=128),
+    preprocess=dict(type=Preprocess, mean=(127.5, 127.5, 127.5), std=(127.5, 127.5, 127.5), divisor=32),
+)
+
+# no figure was published; not trained here
