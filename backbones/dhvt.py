@@ -108,14 +108,18 @@ class HeadInteractingAttention(TokenAttention):
         self.ht_norm = nn.LayerNorm(dim // num_heads)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
-    def forward(self, x: Tensor, grid: tuple[int, int], bias: Tensor | None = None) -> Tensor:
-        """(B, 1 + H W, C) -> the same; `bias` as in `TokenAttention`, of shape (B, 1, 1, 1 + H W)."""
+    def forward(
+        self, x: Tensor, grid: tuple[int, int], bias: Tensor | None = None, outputs: int | None = None
+    ) -> Tensor:
+        """(B, 1 + H W, C) -> the same, or its first `outputs`; `bias` as in `TokenAttention`, (B, 1, 1, 1 + H W)."""
         slices = x.mean(1).unflatten(-1, (self.num_heads, -1))  # (B, h, d)
         parts = self.ht_proj(slices).unflatten(-1, (self.num_heads, -1))  # (B, h, h, d)
         heads = F.gelu(self.ht_norm(parts)).flatten(2) + self.pos_embed
         if bias is not None:
             bias = torch.cat((bias[..., :1], bias.new_zeros(*bias.shape[:-1], self.num_heads), bias[..., 1:]), -1)
-        out = super().forward(torch.cat((x[:, :1], heads, x[:, 1:]), 1), grid, bias)
+        if outputs is not None:
+            outputs += self.num_heads  # the heads' own tokens
+        out = super().forward(torch.cat((x[:, :1], heads, x[:, 1:]), 1), grid, bias, outputs)
         token = out[:, :1] + out[:, 1 : self.prefix].mean(1, keepdim=True)
         return torch.cat((token, out[:, self.prefix :]), 1)
 

@@ -85,11 +85,13 @@ class KeyValueAttention(TokenAttention):
         if self.map_pos is not None:
             self.map_pos.bias.requires_grad_(False)  # without effect, see above; kept for weights of the author's code
 
-    def forward(self, x: Tensor, grid: tuple[int, int], bias: Tensor | None = None) -> Tensor:
-        if self.map_pos is None:
-            return super().forward(x, grid, bias)
-        positions = self.key_positions(x.shape[1])
-        return super().forward(x, grid, positions if bias is None else positions + bias)
+    def forward(
+        self, x: Tensor, grid: tuple[int, int], bias: Tensor | None = None, outputs: int | None = None
+    ) -> Tensor:
+        if self.map_pos is not None:
+            positions = self.key_positions(x.shape[1])
+            bias = positions if bias is None else positions + bias
+        return super().forward(x, grid, bias, outputs)
 
     def key_positions(self, tokens: int) -> Tensor:
         """w_j . e(j) for the keys 0 to tokens - 1, (1, 1, 1, tokens)."""

@@ -11,7 +11,7 @@ import logging
 import pytest
 import timm
 import torch
-from families import each_model
+from families import each_kind, each_model
 from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay
 
@@ -197,6 +197,17 @@ def test_inductor():
 
 
 @EACH
+@torch.no_grad()
+@DENSE
+def test_exports_with_dynamic_batch(name, features_only):
+    model = small(name, features_only=features_only)
+    program = export_program(model, images(model, 1), dynamic_batch=True).module()
+    for batch in (1, 3):
+        x = images(model, batch)
+        close(program(x), model(x))
+
+
+@pytest.mark.parametrize('name', each_kind())
 @torch.no_grad()
 @DENSE
 def test_exports_with_dynamic_batch_and_size(name, features_only):
