@@ -113,6 +113,9 @@ def _forward_kernel(
     tl.store(lse + (window_id.to(tl.int64) * heads + head) * N + i, log_sum, mask=i < N)
 
 
+_CHUNKS = 512  # programs per head that sum up gradients of shared tensors, at most
+
+
 class _Call:
     """The numbers of a call that its kernels take."""
 
@@ -202,7 +205,7 @@ def _backward(
         """What each program adds to a shared gradient has a place of its own: no atomics, one order of adding."""
         return qkv.new_empty(shape if present else (0,), dtype=torch.float32)
 
-    chunks = min(call.windows, max(2**24 // (heads * N * N), 1), 512)
+    chunks = min(call.windows, max(2**24 // (heads * N * N), 1), _CHUNKS)
     each = (call.windows + chunks - 1) // chunks if chunks else 1
     grad_bias = sums(bias is not None, chunks, heads, N, N)
     parts = chunks if call.blocks == 1 else call.windows * call.blocks

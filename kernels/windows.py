@@ -4,7 +4,8 @@
 
 so the windows are those of `window_attention`, without its wrap around the border. `rotated_sets` cuts the tokens of
 each window into sets of at most S, ordered by one axis and by the other: with n tokens there are K = ceil(n / S) sets,
-and slot j of set k holds token floor((k S + j) n / (K S)) of the ordered window: equal work, some tokens twice.
+and slot j of set k holds token floor((k S + j) n / (K S)) of the ordered window: equal work. Slots that are left over
+repeat their neighbour, within a set only (n / (K S) exceeds (K - 1) / K): each token is in one set of each order.
 Source of the sets: DSVT, arXiv 2301.06051; authors' code Haiyang-W/DSVT (Apache-2.0).
 """
 
@@ -52,18 +53,11 @@ class Sets:
     repeated: Tensor
 
     def windows(self, axis: int) -> Windows:
-        """The sets of one order as windows; a token in two sets gets the result of the first one."""
+        """The sets of one order, without their repetitions, as windows."""
         index, new = self.index[axis], ~self.repeated[axis]
         counts = new.sum(1)
         offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
-        entries = index[new]
-        order = torch.argsort(entries, stable=True)
-        ordered = entries[order]
-        first = torch.ones_like(ordered, dtype=torch.bool)
-        first[1:] = ordered[1:] != ordered[:-1]
-        write = torch.full_like(entries, -1)
-        write[order[first]] = ordered[first]
-        return Windows(offsets, entries, write, None, int(counts.max()) if len(counts) else 0)
+        return Windows(offsets, index[new], index[new], None, int(counts.max()) if len(counts) else 0)
 
 
 def build_windows(

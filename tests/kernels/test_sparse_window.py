@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from densezoo.kernels import build_windows, rotated_sets, sparse_window_attention, window_attention
+from densezoo.kernels import Windows, build_windows, rotated_sets, sparse_window_attention, window_attention
 
 GOLDENS = Path(__file__).parents[1] / 'goldens' / 'ops'
 
@@ -175,21 +175,26 @@ def test_sets_are_the_authors(name, rarity, shifted):
 
 
 def test_attention_within_sets():
-    """Keys are each set's distinct tokens; a token in two sets gets the first one's result."""
+    """Queries and keys are each set's distinct tokens, and each token is in one set."""
     coords = torch.stack((torch.zeros(23).long(), torch.arange(23) // 5, torch.arange(23) % 5), 1)
     q, k, v = tokens(23)
     sets = rotated_sets(coords, (3, 5), set_size=4)
     assert sets.repeated.any()
     for axis in (0, 1):
-        expected, done = torch.zeros_like(q), set()
-        for row in sets.index[axis].tolist():
-            seen = list(dict.fromkeys(row))
-            fresh = [i for i in seen if i not in done]
-            expected += by_hand(q, k, v, [(fresh, seen)])
-            done.update(seen)
-        assert done == set(range(23))
+        rows = [list(dict.fromkeys(row)) for row in sets.index[axis].tolist()]
+        assert sorted(token for row in rows for token in row) == list(range(23))
+        expected = by_hand(q, k, v, [(row, row) for row in rows])
         torch.testing.assert_close(sparse_window_attention(q, k, v, sets.windows(axis)), expected)
     assert torch.equal(sets.index[0].flatten()[~sets.repeated[0].flatten()].unique(), torch.arange(23))
+
+
+def test_windows_may_share_tokens():
+    """Token 2 is in both windows and gets the first one's result; token 4 is in none and gets zeros."""
+    q, k, v = tokens(5)
+    index = torch.tensor([1, 0, 2, 2, 3])
+    windows = Windows(torch.tensor([0, 3, 5]), index, torch.tensor([1, 0, 2, -1, 3]), None, 3)
+    expected = by_hand(q, k, v, [([1, 0, 2], [1, 0, 2]), ([3], [2, 3])])
+    torch.testing.assert_close(sparse_window_attention(q, k, v, windows), expected)
 
 
 def test_sets_of_nothing():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from densezoo.kernels import build_windows, rotated_sets, sparse_window_attention
+from densezoo.kernels import Windows, build_windows, rotated_sets, sparse_window_attention
 
 
 def run(backend, tensors, *arguments, **options):
@@ -44,9 +44,15 @@ def test_masks_with_bias(dtype):
     compare(given, build_windows(mask, (3, 4), (1, 2)), tolerance=tolerance)
 
 
-def test_sets_share_tokens():
+def test_sets():
     coords = torch.stack((torch.zeros(23).long(), torch.arange(23) // 5, torch.arange(23) % 5), 1)
     compare(tokens(23), rotated_sets(coords, (3, 5), set_size=4).windows(1))
+
+
+def test_windows_may_share_tokens():
+    index = torch.tensor([1, 0, 2, 2, 3])
+    windows = Windows(torch.tensor([0, 3, 5]), index, torch.tensor([1, 0, 2, -1, 3]), None, 3)
+    compare(tokens(5), windows)
 
 
 def test_other_keys_and_queries_without_any():

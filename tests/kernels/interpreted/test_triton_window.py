@@ -60,6 +60,16 @@ def test_result_and_gradients(case, outside, biased, cosine):
     compare(ours, expected, 1e-5)
 
 
+@pytest.mark.parametrize('name', ['ragged, padded on all sides', 'several blocks'])
+def test_windows_share_a_program(name, monkeypatch):
+    tensors, options = arguments(CASES[name], True, True, True)
+    tensors['qkv'] = torch.cat((tensors['qkv'], tensors['qkv'].flip(1)))
+    expected = run('torch', {name: t.double() for name, t in tensors.items()}, options)
+    window_attention(**tensors, **options, backend='triton')  # imports the module
+    monkeypatch.setattr('densezoo.kernels.triton_window._CHUNKS', 2)
+    compare(run('triton', tensors, options), expected, 1e-5)
+
+
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('name', ['ragged, padded on all sides', 'wide heads in blocks'])
 def test_half_precision(name, dtype):
