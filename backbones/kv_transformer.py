@@ -88,7 +88,8 @@ class KeyValueAttention(TokenAttention):
     def forward(self, x: Tensor, grid: tuple[int, int], bias: Tensor | None = None) -> Tensor:
         if self.map_pos is None:
             return super().forward(x, grid, bias)
-        positions = self.key_positions(x.shape[1])
+        # of the batch's size, without a copy: broadcasting it would split exported programs at a batch of one
+        positions = self.key_positions(x.shape[1]).expand(x.shape[0], -1, -1, -1)
         return super().forward(x, grid, positions if bias is None else positions + bias)
 
     def key_positions(self, tokens: int) -> Tensor:
