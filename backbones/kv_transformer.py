@@ -89,7 +89,8 @@ class KeyValueAttention(TokenAttention):
         self, x: Tensor, grid: tuple[int, int], bias: Tensor | None = None, outputs: int | None = None
     ) -> Tensor:
         if self.map_pos is not None:
-            positions = self.key_positions(x.shape[1])
+            # of the batch's size, without a copy: broadcasting it would split exported programs at a batch of one
+            positions = self.key_positions(x.shape[1]).expand(x.shape[0], -1, -1, -1)
             bias = positions if bias is None else positions + bias
         return super().forward(x, grid, bias, outputs)
 

@@ -1,4 +1,4 @@
-"""The key-value transformer with positions in DeiT-Ti's shape on ImageNet-1k: DeiT's recipe (batch 1024, AdamW 1e-3)."""
+"""The key-value transformer with positions in DeiT-Ti's shape on ImageNet-1k: DeiT's recipe (1024 images, 1e-3)."""
 
 from mmengine.config import read_base
 
