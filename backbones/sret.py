@@ -71,7 +71,10 @@ class SlicedAttention(nn.Module):
             bias = torch.zeros_like(seen, dtype=qkv.dtype).masked_fill(~seen, float('-inf'))
             mask = bias.expand(B, -1, -1).reshape(B * slices, 1, 1, size)
         out = self._attend(qkv.reshape(B * slices, size, C3), mask).reshape(B, total, C3 // 3)
-        return out if mask is None else out[:, :N]
+        if mask is None:
+            return out
+        # a copy always: whether one is needed depends on the number of tokens, which may be symbolic
+        return out[:, :N].clone(memory_format=torch.contiguous_format)
 
     def _attend(self, qkv: Tensor, mask: Tensor | None = None) -> Tensor:
         query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
