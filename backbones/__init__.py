@@ -14,6 +14,7 @@ from . import (
     litv2,
     mano,
     metaformer,
+    pixel_transformer,
     poolformer,
     pvt,
     pvt_v2,
@@ -27,6 +28,7 @@ from . import (
     tiny_vit,
     tnt,
     twins,
+    uvit,
 )
 from .checkpoint import load_checkpoint
 from .registry import create_model, list_models
@@ -52,6 +54,7 @@ __all__ = [
     'load_checkpoint',
     'mano',
     'metaformer',
+    'pixel_transformer',
     'poolformer',
     'pvt',
     'pvt_v2',
@@ -65,4 +68,5 @@ __all__ = [
     'tiny_vit',
     'tnt',
     'twins',
+    'uvit',
 ]
