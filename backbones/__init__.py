@@ -19,6 +19,7 @@ from . import (
     litv2,
     mano,
     metaformer,
+    pixel_transformer,
     poolformer,
     pvt,
     pvt_v2,
@@ -26,12 +27,14 @@ from . import (
     slab,
     slab_models,
     spectformer,
+    sret,
     swin,
     t2t_vit,
     three_things,
     tiny_vit,
     tnt,
     twins,
+    uvit,
 )
 from .checkpoint import load_checkpoint
 from .registry import create_model, list_models
@@ -62,6 +65,7 @@ __all__ = [
     'load_checkpoint',
     'mano',
     'metaformer',
+    'pixel_transformer',
     'poolformer',
     'pvt',
     'pvt_v2',
@@ -69,10 +73,12 @@ __all__ = [
     'slab',
     'slab_models',
     'spectformer',
+    'sret',
     'swin',
     't2t_vit',
     'three_things',
     'tiny_vit',
     'tnt',
     'twins',
+    'uvit',
 ]

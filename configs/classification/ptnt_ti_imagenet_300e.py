@@ -1,4 +1,4 @@
-"""PyramidTNT-Ti on ImageNet-1k at 192 x 192: the authors' recipe (1024 images, AdamW 1e-3) without repeated augmentation."""
+"""PyramidTNT-Ti on ImageNet-1k at 192 x 192: the authors' recipe (1024 images, AdamW 1e-3) without repeats."""
 
 from mmengine.config import read_base
 
