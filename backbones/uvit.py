@@ -43,12 +43,14 @@ class PartAttention(TokenAttention):
             raise ValueError(f'parts must be positive, got {parts=}')
         self.parts = parts
 
-    def forward(self, x: Tensor, grid: tuple[int, int], bias: Tensor | None = None) -> Tensor:
-        """`bias` as in `TokenAttention`, for parts=1 alone."""
+    def forward(
+        self, x: Tensor, grid: tuple[int, int], bias: Tensor | None = None, outputs: int | None = None
+    ) -> Tensor:
+        """`bias` and `outputs` as in `TokenAttention`, for parts=1 alone."""
         if self.parts == 1:
-            return super().forward(x, grid, bias)
-        if bias is not None:
-            raise ValueError('windows take no bias: merged tokens lie on no grid')
+            return super().forward(x, grid, bias, outputs)
+        if bias is not None or outputs is not None:
+            raise ValueError('windows take no bias and give all tokens: merged tokens lie on no grid')
         n, (height, width) = self.parts, grid
         high, wide = ceil_div(height, n), ceil_div(width, n)
         qkv = F.pad(self.qkv(x).unflatten(1, grid), (0, 0, 0, n * wide - width, 0, n * high - height))

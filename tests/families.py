@@ -7,9 +7,8 @@ import pytest
 from densezoo.backbones import list_models
 from densezoo.backbones.registry import model_class
 
-
-# one model of each kind of token mixer, for what takes seconds per model: pooling, convolutions, windows, attention to a
-# smaller map, high and low frequencies, channel groups, recursive gates with filters, tokens
+# one model of each kind of token mixer, for what takes seconds per model: pooling, convolutions, windows, attention to
+# a smaller map, high and low frequencies, channel groups, recursive gates with filters, tokens
 KINDS = (
     'poolformer_s12',
     'convformer_s18',
