@@ -6,8 +6,8 @@ so that the last X is the sum of X_0 and of what every branch adds. Here the cla
 
     sum over the kept paths k of scale_k * path_k,    path_0 = X_0,  path_k = X_k - X_(k-1),
 
-while branches go on reading X: a pruned path still feeds the longer ones. Written from the paper; no code of the
-authors was found.
+while branches go on reading X: a pruned path still feeds the longer ones. This is our reading of the abstract; the full
+text and code of the authors were not at hand, and nothing is compared with their figures.
 """
 
 # B batch, N tokens, C channels
