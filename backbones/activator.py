@@ -102,6 +102,7 @@ class Activator(Plain):
         token_mixer: by name or dict(name=..., option=...), 'glu' or another one of `layers.token_attention`.
         norm: normalisation before both branches, by name.
         pyramid_dim: channels of the dense form's maps for heads without a neck, see `Plain.assemble`.
+        img_size: not needed, any size is taken.
         The others: see `Plain.assemble`.
     """
 
@@ -126,6 +127,7 @@ class Activator(Plain):
         drop_rate: float = 0.0,
         in_chans: int = 3,
         num_classes: int = 1000,
+        img_size: int | tuple[int, int] | None = None,
         features_only: bool = False,
         out_indices: int | Sequence[int] = (0, 1, 2, 3),
     ):

@@ -24,6 +24,7 @@ def check_arguments(
     given: Collection[str],
     image: tuple[int, int],
     strides: Sequence[int],
+    staged: bool,
 ) -> None:
     """Refuses arguments that no model can be built with.
 
@@ -32,6 +33,7 @@ def check_arguments(
         given: names of those that the caller stated; published variants may have windows larger than small maps.
         image: height and width that the model is made for, unless `arguments` state them as img_size.
         strides: of the stages.
+        staged: the model has stages; otherwise one value serves all blocks, and windows may be larger than the map.
 
     Raises:
         TypeError, ValueError: one line with the argument, its value and what is allowed.
@@ -49,6 +51,8 @@ def check_arguments(
         if name in arguments and not isinstance(arguments[name], list | tuple):
             raise ValueError(f'{name} must be {len(strides)} positive numbers, got {name}={arguments[name]!r}')
     for name in _COUNTS_PER_STAGE:
+        if name in arguments and not staged and not (arguments[name] is None or _is_count(arguments[name])):
+            raise ValueError(f'{name} must be a whole number, got {name}={arguments[name]!r}')
         if name in arguments and not all(v is None or _is_count(v) for v in _values(arguments[name])):
             raise ValueError(
                 f'{name} must be a whole number, one for all stages or one per stage, got {name}={arguments[name]!r}'
@@ -58,7 +62,9 @@ def check_arguments(
             'mixers must be a name or dict(name=..., option=...), one for all stages or one per stage, '
             f'got mixers={arguments["mixers"]!r}'
         )
-    _check_sides(arguments, given, _image_size(arguments.get('img_size'), image), strides)
+    size = _image_size(arguments.get('img_size'), image)
+    if staged:
+        _check_sides(arguments, given, size, strides)
 
 
 def _check_sides(

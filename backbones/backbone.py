@@ -33,6 +33,7 @@ class Backbone(nn.Module):
     reduced: ClassVar[dict[str, Any]] = {}  # arguments of a small copy, for tests and dry runs
     same_maps_in_dense = True  # the dense form's raw maps are the classifier's
     has_golden: ClassVar[bool] = True  # the authors published code, whose outputs were recorded
+    staged: ClassVar[bool] = True  # arguments such as depths and window_size may be one per stage
     norm_first = False  # the classifier's norm acts on all positions, before pooling
     drop_path_rises = True  # stochastic depth rises from 0 over the blocks; otherwise it is constant
 

@@ -191,6 +191,7 @@ class DHVT(Plain):
         window_size: side of the windows that patches attend within, for large images in dense form; None for none.
         global_blocks: blocks without windows, four evenly spaced ones if None.
         pyramid_dim: channels of the dense form's maps for heads without a neck, see `Plain.assemble`.
+        img_size: not needed, any size is taken.
         The others: see `Plain.assemble`.
     """
 
@@ -214,6 +215,7 @@ class DHVT(Plain):
         drop_rate: float = 0.0,
         in_chans: int = 3,
         num_classes: int = 1000,
+        img_size: int | tuple[int, int] | None = None,
         features_only: bool = False,
         out_indices: int | Sequence[int] = (0, 1, 2, 3),
     ):

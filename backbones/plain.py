@@ -53,6 +53,7 @@ class Plain(Backbone):
     sizes: AnySize | FixedSize = Resampled(how='position tables bicubically')
     new_in_dense: ClassVar[tuple[str, ...]] = ('pyramid.',)
     reduced: ClassVar[dict[str, Any]] = {'depth': 3, 'dim': 32, 'num_heads': 2}
+    staged = False
     norm_first = True
     prefix_in_blocks = True  # otherwise prefix tokens join after the blocks, in `finish`
     stem_keys: ClassVar[tuple[str, ...]] = ('patch_embed.', 'pos_embed.', 'cls_token', 'dist_token')

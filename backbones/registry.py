@@ -248,7 +248,9 @@ def build(
                 f'{name} has no argument {key}={overrides[key]!r}{nearest(key, accepted)}; '
                 f'it takes {", ".join(accepted)}'
             )
-    check_arguments(arguments, given=overrides, image=cfg.input_size[-2:], strides=entry.cls.strides)
+    check_arguments(
+        arguments, given=overrides, image=cfg.input_size[-2:], strides=entry.cls.strides, staged=entry.cls.staged
+    )
     model = entry.cls(**arguments)
     model.pretrained_cfg = model.default_cfg = cfg.to_dict()
     model.metadata = {**metadata, **({'recipe': dict(entry.recipe)} if entry.recipe else {})}

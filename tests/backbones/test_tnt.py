@@ -125,7 +125,7 @@ def test_weights_for_another_image_size(caplog):
     with caplog.at_level('INFO', 'densezoo'):
         model = load_checkpoint(small(img_size=(96, 128)), {'outer_pos': state.pop('pos_embed.table'), **state})
     assert model.pos_embed.table.shape[1] == 1 + 6 * 8 and model.outer_tokens.shape[1] == 6 * 8
-    assert 'resampled for another image size' in caplog.text
+    assert 'resampled from a grid' in caplog.text
 
 
 def test_frozen_and_undecayed_parameters():
