@@ -12,7 +12,7 @@ from densezoo.train.evaluators import SegmentationMetric
 with read_base():
     from .._base_.schedule_quickstart import *
 
-max_iters = 4000
+max_iters = 3400
 
 model = dict(
     type=Segmentor,
@@ -65,5 +65,5 @@ val_dataloader = dict(
 val_evaluator = dict(type=SegmentationMetric)
 
 optim_wrapper['optimizer'].update(lr=4e-3)  # batch norms bear twice the base's
-train_cfg.update(max_iters=max_iters, val_interval=2000)
+train_cfg.update(max_iters=max_iters, val_interval=1700)
 param_scheduler[1].update(end=max_iters)
