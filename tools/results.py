@@ -1,9 +1,11 @@
 """Write docs/results.md, docs/models.md, their pictures and the README's table from finished runs.
 
-for task in classification detection instance segmentation restoration; do
+for task in classification detection instance segmentation restoration classification_cct classification_dhvt; do
     python tools/train.py quickstart/$task --work-dir runs/$task
 done
-for what in backbones loop pipeline peers; do python tools/benchmark.py $what --json > runs/benchmark_$what.json; done
+for what in backbones hilo window loop pipeline peers; do
+    python tools/benchmark.py --json $what > runs/benchmark_$what.json
+done
 densezoo models --throughput --format json > runs/throughput.json
 python tools/results.py runs
 
@@ -36,9 +38,17 @@ TASKS = {
     'segmentation': ('digits on photographs, 96x96', 'mIoU', 'mIoU'),
     'restoration': ('textured photographs, noise sigma 25', 'psnr_over_blur', 'dB above the best blur'),
 }
+# trained from scratch on the same digits with the same budget, one table
+DIGITS = {
+    'classification': 'CAFormer',
+    'classification_cct': 'CCT',
+    'classification_dhvt': 'DHVT',
+}
 MARKS = ('<!-- quickstarts:begin -->', '<!-- quickstarts:end -->')
 BENCHMARKS = {
     'backbones': 'Forward passes against timm',
+    'hilo': 'HiLo attention on one core',
+    'window': "Shifted-window attention against timm's",
     'loop': 'The training loop against a bare PyTorch loop',
     'pipeline': "Detection data against torchvision's reference pipeline",
     'peers': "The quickstarts' heads on torchvision's smallest backbone, same recipe",
@@ -100,6 +110,7 @@ def results_page(runs: Path, images: Path) -> str:
         if (run / 'curves.png').is_file():
             (images / f'{task}_curves.png').write_bytes((run / 'curves.png').read_bytes())
             lines += ['', f'![curves](images/{task}_curves.png)']
+    lines += digits_table(runs)
     benchmarks = [name for name in BENCHMARKS if (runs / f'benchmark_{name}.json').is_file()]
     if benchmarks:
         lines += [
@@ -112,6 +123,24 @@ def results_page(runs: Path, images: Path) -> str:
         rows = json.loads((runs / f'benchmark_{name}.json').read_text())
         lines += ['', f'### {BENCHMARKS[name]}', '', '```', f'densezoo benchmark {name}', '```', '', table(rows)]
     return '\n'.join(lines) + '\n'
+
+
+def digits_table(runs: Path) -> list[str]:
+    """Lines on the runs of `DIGITS`, if there are two or more."""
+    found = [(name, runs / name / 'metrics.json') for name in DIGITS]
+    found = [(name, path) for name, path in found if path.is_file()]
+    if len(found) < 2:
+        return []
+    lines = ['', '## Small backbones from scratch', '', '```']
+    lines += [f'densezoo train quickstart/{name}' for name, _ in found]
+    lines += ['```', '', '| config | backbone | top-1 | iterations | seconds |', '|---|---|---:|---:|---:|']
+    for name, path in found:
+        metrics = json.loads(path.read_text())
+        lines.append(
+            f'| quickstart/{name} | {DIGITS[name]} | {100 * metrics["accuracy/top1"]:.2f} '
+            f'| {metrics["iterations"]} | {metrics["seconds"]:.0f} |'
+        )
+    return lines
 
 
 def models_page(runs: Path) -> str:

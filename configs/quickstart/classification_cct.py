@@ -1,6 +1,6 @@
 """The digits of `classification` with a CCT from scratch, in the same 1000 iterations; 0.48 million parameters.
 
-One command trains both; the last accuracies that they print are the table:
+One command trains both; `tools/results.py` puts the accuracies into one table of docs/results.md:
 
     for name in cct dhvt; do densezoo train quickstart/classification_$name; done
 """

@@ -5,10 +5,12 @@ import copy
 
 import pytest
 import torch
+from families import each_model
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
 from densezoo.backbones import create_model
+from densezoo.backbones.registry import model_class
 from densezoo.train.config import check_arguments, config_names, find_config, load_config
 
 NAMES = config_names()
@@ -98,3 +100,22 @@ def test_a_reduced_copy_takes_one_step(name):
     # Of the whole model: a restorer's last layer starts at zero and lets nothing through to the backbone yet.
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     assert torch.isfinite(total) and any(gradient.abs().sum() > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize('name', [p for p in each_model() if not model_class(p.values[0]).staged])
+@pytest.mark.parametrize('task', ['detection', 'segmentation'])
+def test_plain_backbones_learn_in_the_quickstarts(task, name):
+    """Their simple pyramids take the place of a hierarchical backbone, head and optimizer untouched."""
+    config = load_config(f'quickstart/{task}')
+    config.model.backbone = dict(type=create_model, name=name, features_only=True, **model_class(name).reduced)
+    model = MODELS.build(config.model).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(6):
+        batch = model.data_preprocessor(batch_for(96), True)
+        total, _ = model.parse_losses(model(**batch, mode='loss'))
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        losses.append(total.item())
+    assert min(losses[3:]) < losses[0]

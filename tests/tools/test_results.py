@@ -1,0 +1,50 @@
+"""Without these the pages that the README links could name other figures than the runs have."""
+
+import json
+
+import pytest
+
+from densezoo.tools import results
+
+
+def finish(runs, task, **metrics):
+    (runs / task).mkdir(parents=True)
+    (runs / task / 'metrics.json').write_text(json.dumps({'seconds': 90.0, 'iterations': 1000, **metrics}))
+
+
+def test_tables_hold_what_the_runs_have(tmp_path):
+    finish(tmp_path, 'classification', **{'accuracy/top1': 0.9875})
+    finish(tmp_path, 'segmentation', mIoU=0.7512)
+    rows = results.quickstart_rows(tmp_path)
+    assert len(rows) == 4
+    assert rows[2].endswith('| top-1 | 98.8 | 1.5 min |') and rows[3].endswith('| mIoU | 0.75 | 1.5 min |')
+    page = results.results_page(tmp_path, tmp_path / 'images')
+    assert '## Segmentation' in page and '| mIoU | 0.7512 |' in page and '## Detection' not in page
+    assert 'from scratch' not in page
+
+
+def test_small_backbones_share_a_table(tmp_path):
+    finish(tmp_path, 'classification_cct', **{'accuracy/top1': 0.991})
+    assert results.digits_table(tmp_path) == []
+    finish(tmp_path, 'classification_dhvt', **{'accuracy/top1': 0.982})
+    table = results.digits_table(tmp_path)
+    assert table[-2:] == [
+        '| quickstart/classification_cct | CCT | 99.10 | 1000 | 90 |',
+        '| quickstart/classification_dhvt | DHVT | 98.20 | 1000 | 90 |',
+    ]
+
+
+def test_an_empty_folder_is_refused(tmp_path, capsys):
+    assert results.main([str(tmp_path)]) != 0
+    assert 'no finished quickstart' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('name', results.BENCHMARKS)
+def test_benchmarks_have_their_command(tmp_path, name):
+    rows = [{'name': 'x', 'ours': 1.0, 'peer': 2.0, 'peer_name': 'p', 'ratio': 2.0, 'ours_bytes': None}]
+    if name == 'peers':
+        rows = [
+            {'task': 'x', 'metric': 'm', 'ours': 1, 'peer': 2, 'peer_name': 'p', 'ours_seconds': 1, 'peer_seconds': 1}
+        ]
+    (tmp_path / f'benchmark_{name}.json').write_text(json.dumps(rows))
+    assert f'densezoo benchmark {name}\n' in results.results_page(tmp_path, tmp_path)
