@@ -83,68 +83,6 @@ def test_restoration():
         torch.testing.assert_close(ours, result['image'].clamp(0, 1), rtol=0, atol=1e-6)
 
 
-def in_one_order(boxes, scores, labels):
-    """Candidates of equal scores come in any order: sorted by what they are, (B, M, 6)."""
-    rows = torch.cat([labels[..., None], boxes, scores[..., None]], -1)
-    return torch.stack([torch.tensor(sorted(picture.round(decimals=2).tolist())) for picture in rows])
-
-
-@torch.no_grad()
-@pytest.mark.parametrize('make', [tasks.detector, tasks.two_stages])
-@pytest.mark.parametrize('nms', ['operator', 'products'])
-def test_suppression_inside_gives_the_predictions(make, nms):
-    task, model = ready(make, nms=nms)
-    if make is tasks.detector:
-        task.head.score_threshold = 0.0
-    images = pixels()
-    boxes, scores, labels = model(torch.stack(images).float())
-    for i, result in enumerate(predictions(task, images)):
-        count = min(len(result['boxes']), 30)
-        assert count > 1
-        torch.testing.assert_close(scores[i, :count], result['scores'][:count], rtol=0, atol=1e-5)
-        torch.testing.assert_close(boxes[i, :count], result['boxes'][:count], rtol=0, atol=0.01)
-        assert torch.equal(labels[i, :count].long(), result['labels'][:count])
-
-
-@pytest.mark.parametrize(('nms', 'count'), [('operator', 3), (None, 0)])
-def test_two_stages_with_masks_become_onnx(nms, count, tmp_path):
-    """One NonMaxSuppression for each of two levels of proposals and one for the results; none where products do it."""
-    task, model = ready(partial(tasks.two_stages, masks=True), nms=nms)
-    x = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(0)) * 255
-    path = export_onnx(model, x, tmp_path / 'task.onnx', outputs=model.outputs, metadata=metadata(task, nms=nms))
-    assert count_operators(path).get('NonMaxSuppression', 0) == count
-    x = torch.rand(3, 3, *SIZE, generator=torch.Generator().manual_seed(1)) * 255
-    with torch.no_grad():
-        ours, expected = OnnxModel(path)(x), model(x)
-    assert model.outputs == ('boxes', 'scores', 'labels', 'masks') and ours[3].shape == (3, 100, 28, 28)
-    found = match_boxes(ours, expected)
-    assert found.boxes > 10 and found.matched == found.boxes and found.pixels < 0.05 and found.score < 1e-4
-    if nms is None:
-        build_engine(path, tmp_path / 'task.engine')
-
-
-def test_detection_becomes_onnx(tmp_path):
-    task, model = ready(tasks.detector)
-    task.head.topk = 10_000  # all of them: which of two equal ones is the last one kept is a matter of rounding
-    x = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(0)) * 255
-    path = export_onnx(model, x, tmp_path / 'task.onnx', outputs=model.outputs)
-    x = torch.rand(3, 3, *SIZE, generator=torch.Generator().manual_seed(1)) * 255
-    with torch.no_grad():
-        ours, expected = (in_one_order(*form(x)) for form in (OnnxModel(path), model))
-    assert len(ours) == 3 and ours.shape[1] > 100
-    torch.testing.assert_close(ours, expected, rtol=0, atol=0.03)
-
-
-@pytest.mark.parametrize('make', [tasks.own_classifier, tasks.segmentor, tasks.restorer])
-def test_every_task_becomes_onnx(make, tmp_path):
-    task, model = ready(make)
-    high = 255 if task.data_preprocessor.normalise else 1
-    x = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(0)) * high
-    path = export_onnx(model, x, tmp_path / 'task.onnx', outputs=model.outputs, metadata=metadata(task))
-    for row in check_onnx(model, path, x):
-        assert row.cosine > 0.9999 if row.output == 'mask' else row.max_rel < 1e-4, row
-
-
 def test_metadata_and_errors():
     task, _ = ready(tasks.segmentor)
     assert metadata(task, {'classes': ('a', 'b')}) == {
