@@ -172,8 +172,8 @@ def page(rows: Sequence[dict[str, Any]], *, reduced: bool) -> str:
     lines = [
         '# What exports',
         '',
-        f'Written by `python tools/exports.py docs/exports.md{" --reduced" if reduced else ""}`, which ran every cell on '
-        f'{copies} of each family (a larger one is the same code), as a pyramid with random '
+        f'Written by `python tools/exports.py docs/exports.md{" --reduced" if reduced else ""}`, which ran every cell '
+        f'on {copies} of each family (a larger one is the same code), as a pyramid with random '
         'weights.',
         '',
         f'- onnx: dynamic batch, compared with PyTorch in onnxruntime at another batch: largest difference in units of '

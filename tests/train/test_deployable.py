@@ -1,14 +1,10 @@
 """Without this what is exported could differ from what was validated: each task, exported form against predictions."""
 
-from functools import partial
-
 import pytest
 import tiny_tasks as tasks
 import torch
 from torchvision.ops import batched_nms
 
-from densezoo.deploy import OnnxModel, build_engine, check_onnx, export_onnx, match_boxes
-from densezoo.deploy.onnx import count_operators
 from densezoo.train.deployable import Deployable, metadata
 
 SIZE = (64, 96)

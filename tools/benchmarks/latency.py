@@ -120,7 +120,12 @@ def _call(runtime: str, network: Any, file: Path, images: Tensor, device: str) -
     path = file.with_suffix('.engine') if network is not None else Path(tempfile.mkdtemp()) / 'model.engine'
     build_engine(file, path, batch=(len(images),) * 3)
     engine, x = Engine(path), images.cuda()
-    return lambda: (engine(x), torch.cuda.synchronize())
+
+    def call() -> None:
+        engine(x)
+        torch.cuda.synchronize()
+
+    return call
 
 
 def _openvino(file: Path, images: Tensor) -> Callable[[], object]:
