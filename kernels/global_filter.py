@@ -120,7 +120,8 @@ def _times(matrix: Tensor, x: Tensor) -> Tensor:
 def _cos_sin(frequencies: int, positions: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin of 2 pi k n / size, (frequencies, positions); k n is reduced in integers, so large ones are exact."""
     k, n = torch.arange(frequencies, device=device), torch.arange(positions, device=device)
-    angle = (k[:, None] * n % size).float() * (2 * math.pi) / size
+    whole = torch.full((), size, device=device)  # ONNX has no remainder by a symbolic number
+    angle = (k[:, None] * n % whole).float() * (2 * math.pi) / size
     return angle.cos(), angle.sin()
 
 

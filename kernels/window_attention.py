@@ -96,9 +96,12 @@ def window_attention_reference(
         x = F.pad(qkv - outside, padding) + outside
     if shift != (0, 0):
         x = x.roll((-shift[0] * d, -shift[1] * d), (1, 2))
+    # TensorRT has eight dimensions at most: each phase of a dilation becomes an image of its own.
+    if d > 1:
+        x = x.reshape(B, rows * wh, d, cols * ww, d, C3).permute(0, 2, 4, 1, 3, 5)
     # (3, B, windows, heads, N, channels) in memory: one copy
-    x = x.reshape(B, rows, wh, d, cols, ww, d, 3, heads, C3 // 3 // heads)
-    x = x.permute(7, 0, 1, 3, 4, 6, 8, 2, 5, 9).reshape(3, B, rows * d * cols * d, heads, wh * ww, -1)
+    x = x.reshape(B * d * d, rows, wh, cols, ww, 3, heads, C3 // 3 // heads)
+    x = x.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, B, d * d * rows * cols, heads, wh * ww, -1)
     mask = None if bias is None else bias.to(qkv.dtype)
     if shift == (0, 0) and outside is not None:
         query, key, value = x.flatten(1, 2).unbind(0)  # one bias for all windows
@@ -109,14 +112,16 @@ def window_attention_reference(
         label = vertical[:, None] * 2 + horizontal
         if outside is None:
             label = torch.where(inside_vertical[:, None] & inside_horizontal, label, -1)
-        label = label.reshape(rows, wh, d, cols, ww, d).permute(0, 2, 3, 5, 1, 4)
+        label = label.reshape(rows, wh, d, cols, ww, d).permute(2, 5, 0, 3, 1, 4)
         # a copy always: whether reshape needs one depends on the number of windows, which may be symbolic
         label = label.clone(memory_format=torch.contiguous_format).view(-1, 1, wh * ww)
         allowed = label[..., None, :] == label[..., :, None]
         seen = torch.zeros_like(allowed, dtype=qkv.dtype).masked_fill(~allowed, float('-inf'))
         mask = (seen.expand(-1, heads, -1, -1) if mask is None else seen + mask).flatten(0, 1)
     out = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
-    out = out.reshape(B, rows, d, cols, d, heads, wh, ww, -1).permute(0, 1, 6, 2, 3, 7, 4, 5, 8)
+    out = out.reshape(B * d * d, rows, cols, heads, wh, ww, -1).permute(0, 1, 4, 2, 5, 3, 6)
+    if d > 1:
+        out = out.reshape(B, d, d, rows * wh, cols * ww, C3 // 3).permute(0, 3, 1, 4, 2, 5)
     out = out.reshape(B, Hp, Wp, C3 // 3)
     if shift != (0, 0):
         out = out.roll((shift[0] * d, shift[1] * d), (1, 2))

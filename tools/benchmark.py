@@ -3,6 +3,7 @@
 python tools/benchmark.py backbones --models poolformer_s12 caformer_s18    # against timm
 python tools/benchmark.py window                                            # shifted windows against timm's
 python tools/benchmark.py hilo --authors LITv2                             # against attention of the same width
+python tools/benchmark.py latency caformer_s18                              # every runtime there is, one table
 python tools/benchmark.py loop                                              # against a bare PyTorch loop
 python tools/benchmark.py pipeline --workers 2                              # against torchvision's reference pipeline
 python tools/benchmark.py peers --tasks detection                           # metrics against a torchvision backbone
@@ -40,6 +41,16 @@ def parser() -> argparse.ArgumentParser:
     hilo = what.add_parser('hilo', help='HiLo attention against spatial-reduction and window attention, one core')
     hilo.add_argument('--repeats', type=int, default=200)
     hilo.add_argument('--authors', metavar='DIR', help="a checkout of the authors' repository, to compare with too")
+    latency = what.add_parser('latency', help='eager, torch.compile, onnxruntime, OpenVINO and TensorRT in one table')
+    latency.add_argument('model', help='name of a backbone, or FILE.onnx')
+    latency.add_argument('--features', action='store_true', help='the pyramid instead of the classifier')
+    latency.add_argument('--batch', type=int, default=1)
+    latency.add_argument('--size', type=int, default=224)
+    latency.add_argument('--repeats', type=int, default=100)
+    latency.add_argument('--device', default='cpu', help="'cpu' or 'cuda'")
+    latency.add_argument(
+        '--runtimes', nargs='+', help='of eager, compile, onnxruntime, openvino, tensorrt (default: all)'
+    )
     loop = what.add_parser('loop', help='training iterations against a bare PyTorch loop')
     loop.add_argument('--config', default='quickstart/classification')
     loop.add_argument('--iterations', type=int, default=200)
@@ -70,6 +81,10 @@ def measure(options: dict[str, Any]) -> list[dict[str, Any]]:
         from densezoo.tools.benchmarks import hilo
 
         return [comparison.row() for comparison in hilo.run(**given)]
+    if what == 'latency':
+        from densezoo.tools.benchmarks import latency
+
+        return [line.row() for line in latency.run(**given)]
     if what == 'pipeline':
         from densezoo.tools.benchmarks import pipeline
 
@@ -87,7 +102,15 @@ def measure(options: dict[str, Any]) -> list[dict[str, Any]]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows as a Markdown table; times in milliseconds."""
-    if rows[0].get('ours_bytes') is not None:
+    if 'runtime' in rows[0]:
+        lines = ['| runtime | median, ms | p90, ms | p99, ms | images/s |', '|---|---:|---:|---:|---:|']
+        for row in rows:
+            if row['not_measured']:
+                lines.append(f'| {row["runtime"]} | not measured: {row["not_measured"]} | | | |')
+            else:
+                figures = ' | '.join(f'{row[key] * 1e3:.2f}' for key in ('median', 'p90', 'p99'))
+                lines.append(f'| {row["runtime"]} | {figures} | {row["images_per_second"]:.1f} |')
+    elif rows[0].get('ours_bytes') is not None:
         lines = [
             '| what | ours, ms | peer, ms | peer | ratio | ours, MB | peer, MB |',
             '|---|---:|---:|---|---:|---:|---:|',

@@ -6,9 +6,12 @@ import json
 import pytest
 import torch
 
+from densezoo.backbones import create_model
 from densezoo.tools.benchmark import main
-from densezoo.tools.benchmarks import window
+from densezoo.tools.benchmarks import latency, window
 from densezoo.tools.benchmarks.timing import Comparison, compare
+
+SMALL = {'depths': (1, 1, 1, 1), 'dims': (8, 16, 24, 32)}
 
 
 def test_compare_takes_the_minimum_of_each_side_in_turn():
@@ -34,6 +37,27 @@ def test_speed_benchmarks_print_both_sides(capsys, what, options, peer):
     printed = capsys.readouterr().out
     rows = json.loads(printed[printed.index('[\n') :])
     assert rows and all(row['ours'] > 0 and row['peer'] > 0 and row['peer_name'] == peer for row in rows)
+
+
+def test_latency_of_every_runtime(capsys, monkeypatch):
+    """Those that are there are measured; the others say why not."""
+    monkeypatch.setattr(latency.importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setattr(latency.torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(latency, 'create_model', lambda name, **options: create_model(name, **SMALL, **options))
+    runtimes = ['eager', 'onnxruntime', 'openvino', 'tensorrt']  # torch.compile takes a minute
+    options = ['latency', 'poolformer_s12', '--size', '64', '--batch', '2', '--repeats', '5', '--runtimes', *runtimes]
+    monkeypatch.setattr('densezoo.deploy.onnx.require', lambda *modules: None)
+    monkeypatch.setattr('densezoo.deploy.parity.require', lambda *modules: None)
+    assert main(options) == 0
+    lines = capsys.readouterr().out.splitlines()[-4:]
+    for line, name in zip(lines[:2], runtimes, strict=False):
+        middle, p90, p99, rate = (float(cell) for cell in line.split('|')[2:-1])
+        assert line.startswith(f'| {name} |') and 0 < middle <= p90 <= p99
+        assert rate == pytest.approx(2000 / middle, rel=0.1)
+    assert "not measured: OpenVINO is not installed: pip install 'densezoo[openvino]'" in lines[2]
+    assert 'not measured: TensorRT needs a CUDA GPU, and torch finds none' in lines[3]
+    assert main(['latency', 'poolformer_s12', '--runtimes', 'tflite']) == 1
+    assert 'runtimes must be of eager, compile, onnxruntime, openvino, tensorrt, got tflite' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('shift', [0, 3])

@@ -1,0 +1,132 @@
+"""Without this a mixer, a family or a head could land that does not deploy: the registries are walked.
+
+By default every mixer, four at a time as the stages of one small model, and every head; `-m slow` the smallest model of
+every family at its full size, and every head on two backbones. Engines are built for real, by NVIDIA's compiler.
+"""
+
+import inspect
+from functools import partial
+
+import pytest
+import tiny_tasks as tasks
+import torch
+from torch import nn
+
+from densezoo import heads
+from densezoo.backbones import create_model
+from densezoo.backbones.layers import MIXERS
+from densezoo.deploy import OnnxModel, build_engine, export_onnx, match_boxes
+from densezoo.heads import FPN, EfficientViTSeg, RetinaNet
+from densezoo.tools.exports import COLUMNS, Trial, build, families, row
+from densezoo.train import Detector, Segmentor
+from densezoo.train.deployable import Deployable, metadata
+
+SIZE = (64, 96)
+ANY = [name for name in MIXERS if name != 'random']  # random matrices are made for one size
+FOURS = [ANY[i : i + 4] for i in range(0, len(ANY), 4)] + [['random']]
+
+
+def of_mixers(names):
+    torch.manual_seed(0)
+    name = 'randformer_s12' if 'random' in names else 'caformer_s18'
+    mixers = (names * 4)[:4]
+    size = {'img_size': SIZE} if 'random' in names else {}
+    return create_model(name, features_only=True, mixers=mixers, depths=(1,) * 4, dims=(32, 32, 64, 64), **size).eval()
+
+
+def images(height=SIZE[0], width=SIZE[1]):
+    return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def test_every_mixer_is_tried():
+    assert {name for four in FOURS for name in four} == MIXERS.keys() and len(MIXERS) > 20
+
+
+@pytest.mark.parametrize('names', FOURS, ids='-'.join)
+def test_mixers(names, tmp_path):
+    trial = Trial(of_mixers(names), images(), tmp_path)
+    assert trial.onnx().startswith('yes') and trial.engine().startswith('yes')
+    assert trial.fp16().startswith('yes')
+
+
+@pytest.mark.parametrize('name', ['poolformer_s12', 'swin_tiny_patch4_window7_224'])
+def test_batch_and_size_in_one_profile(name, tmp_path):
+    trial = Trial(build(name, reduced=True), images(), tmp_path)
+    assert trial.dynamic_size([(256, 320), (70, 97)]).startswith('yes')
+    assert trial.engine_of_any_size().startswith('yes')
+
+
+def retinanet(backbone=tasks.PYRAMID):
+    return Detector(backbone=backbone, neck={'type': FPN, 'out_channels': 16}, preprocess=tasks.PIXELS,
+                    head={'type': RetinaNet, 'num_classes': 3, 'num_convs': 1})  # fmt: skip
+
+
+def efficientvit_seg(backbone=tasks.PYRAMID):
+    head = {'type': EfficientViTSeg, 'num_classes': 4, 'channels': 16, 'depth': 1}
+    return Segmentor(backbone={**backbone, 'out_indices': (1, 2, 3)}, head=head, preprocess=tasks.PIXELS)
+
+
+HEADS = {
+    'LinearClassifier': tasks.classifier,
+    'OwnClassifier': tasks.own_classifier,
+    'RetinaNet': retinanet,
+    'FCOS': tasks.detector,
+    'MaskRCNN': partial(tasks.two_stages, masks=True),
+    'SemanticFPN': tasks.segmentor,
+    'EfficientViTSeg': efficientvit_seg,
+    'UNetRestorer': tasks.restorer,
+}
+
+
+def test_every_head_is_tried():
+    found = [name for name in heads.__all__ if hasattr(getattr(heads, name), 'loss')]
+    assert sorted(found) == sorted(HEADS) and all(issubclass(getattr(heads, name), nn.Module) for name in found)
+
+
+def head_deploys(make, folder):
+    torch.manual_seed(0)
+    task = make().eval()
+    if hasattr(task.head, 'topk'):  # nearly all candidates: which of two equal ones is kept is a matter of rounding
+        task.head.topk = 3000
+    model = Deployable(task).eval()
+    x = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(2)) * (255 if model.normalise else 1)
+    path = export_onnx(model, x, folder / 'task.onnx', outputs=model.outputs, metadata=metadata(task))
+    x = torch.cat([x, x[:1].flip(-1)])
+    with torch.no_grad():
+        ours, expected = OnnxModel(path)(x), model(x)
+    if 'boxes' in model.outputs:
+        found = match_boxes(ours, expected, above=float(expected[1].max()) / 2)
+        assert found.boxes > 5 and found.matched >= 0.98 * found.boxes and found.pixels < 0.1
+    else:
+        exact = ours.dtype == torch.int32
+        assert (
+            (ours == expected).float().mean() > 0.999
+            if exact
+            else (ours - expected).abs().max() < 1e-4 * (expected.abs().max())
+        )
+    assert build_engine(path, folder / 'task.engine', batch=(1, 4, 8))['layers'] > 10
+
+
+@pytest.mark.parametrize('name', [name for name in HEADS if name != 'MaskRCNN'])  # test_deployable builds that engine
+def test_heads(name, tmp_path):
+    head_deploys(HEADS[name], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('backbone', ['caformer_s18', 'pvt_v2_b0'])
+@pytest.mark.parametrize('name', HEADS)
+def test_heads_on_two_backbones(name, backbone, tmp_path, monkeypatch):
+    small = {'name': backbone, **create_model(backbone).reduced}
+    for key, value in (('SMALL', small), ('PYRAMID', {'type': create_model, 'features_only': True, **small})):
+        monkeypatch.setattr(tasks, key, value)
+    make = HEADS[name]
+    parameters = inspect.signature(make).parameters
+    head_deploys(partial(make, backbone=tasks.PYRAMID) if 'backbone' in parameters else make, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', families())
+def test_the_smallest_of_every_family(name):
+    cells = row(name, reduced=False, columns=[c for c in COLUMNS if 'int8' not in c])
+    reasons = [cell for cell in cells.values() if not cell.startswith(('yes', 'no: its'))]
+    assert cells['onnx'].startswith('yes') and not reasons, cells
