@@ -135,7 +135,7 @@ def compare(names: Sequence[str], ours: Any, expected: Any) -> list[Parity]:
 
 
 def match_boxes(ours: Sequence[Tensor], expected: Sequence[Tensor], *, above: float = 0.05) -> Matched:
-    """Detections of the exported form against the model's: order and rows below a score play no part.
+    """Detections of the exported form against the model's: order and rows below a score or without area play no part.
 
     Args:
         ours, expected: boxes (B, M, 4), scores (B, M), labels (B, M).
@@ -162,7 +162,7 @@ def match_boxes(ours: Sequence[Tensor], expected: Sequence[Tensor], *, above: fl
 
 def _above(outputs: Sequence[Tensor], picture: int, limit: float) -> list[Tensor]:
     boxes, scores, labels = (x[picture].cpu() for x in outputs[:3])
-    real = scores > limit
+    real = (scores > limit) & (boxes[:, 2:] > boxes[:, :2]).all(1)
     return [boxes[real].float(), scores[real].float(), labels[real].long()]
 
 

@@ -86,8 +86,8 @@ def test_every_head_is_tried():
 def head_deploys(make, folder):
     torch.manual_seed(0)
     task = make().eval()
-    if hasattr(task.head, 'topk'):  # all candidates: which of two equal ones is kept is a matter of rounding
-        task.head.topk = 10_000
+    if hasattr(task.head, 'topk'):  # nearly all candidates: which of two equal ones is kept is a matter of rounding
+        task.head.topk = 3000
     model = Deployable(task).eval()
     x = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(2)) * (255 if model.normalise else 1)
     path = export_onnx(model, x, folder / 'task.onnx', outputs=model.outputs, metadata=metadata(task))

@@ -1,10 +1,14 @@
 """Without this what is exported could differ from what was validated: each task, exported form against predictions."""
 
+from functools import partial
+
 import pytest
 import tiny_tasks as tasks
 import torch
 from torchvision.ops import batched_nms
 
+from densezoo.deploy import OnnxModel, build_engine, export_onnx, match_boxes
+from densezoo.deploy.onnx import count_operators
 from densezoo.train.deployable import Deployable, metadata
 
 SIZE = (64, 96)
@@ -77,6 +81,40 @@ def test_restoration():
     assert model.outputs == ('restored',)
     for ours, result in zip(restored, predictions(task, images), strict=True):
         torch.testing.assert_close(ours, result['image'].clamp(0, 1), rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('make', [tasks.detector, tasks.two_stages])
+@pytest.mark.parametrize('nms', ['operator', 'products'])
+def test_suppression_inside_gives_the_predictions(make, nms):
+    task, model = ready(make, nms=nms)
+    if make is tasks.detector:
+        task.head.score_threshold = 0.0
+    images = pixels()
+    boxes, scores, labels = model(torch.stack(images).float())
+    for i, result in enumerate(predictions(task, images)):
+        count = min(len(result['boxes']), 30)
+        assert count > 1
+        torch.testing.assert_close(scores[i, :count], result['scores'][:count], rtol=0, atol=1e-5)
+        torch.testing.assert_close(boxes[i, :count], result['boxes'][:count], rtol=0, atol=0.01)
+        assert torch.equal(labels[i, :count].long(), result['labels'][:count])
+
+
+@pytest.mark.parametrize(('nms', 'count'), [('operator', 3), (None, 0)])
+def test_two_stages_with_masks_become_onnx(nms, count, tmp_path):
+    """One NonMaxSuppression for each of two levels of proposals and one for the results; none where products do it."""
+    task, model = ready(partial(tasks.two_stages, masks=True), nms=nms)
+    x = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(0)) * 255
+    path = export_onnx(model, x, tmp_path / 'task.onnx', outputs=model.outputs, metadata=metadata(task, nms=nms))
+    assert count_operators(path).get('NonMaxSuppression', 0) == count
+    x = torch.rand(3, 3, *SIZE, generator=torch.Generator().manual_seed(1)) * 255
+    with torch.no_grad():
+        ours, expected = OnnxModel(path)(x), model(x)
+    assert model.outputs == ('boxes', 'scores', 'labels', 'masks') and ours[3].shape == (3, 100, 28, 28)
+    found = match_boxes(ours, expected)
+    assert found.boxes > 10 and found.matched == found.boxes and found.pixels < 0.05 and found.score < 1e-4
+    if nms is None:
+        build_engine(path, tmp_path / 'task.engine')
 
 
 def test_metadata_and_errors():

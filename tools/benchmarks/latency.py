@@ -105,7 +105,7 @@ def _call(runtime: str, network: Any, file: Path, images: Tensor, device: str) -
         if runtime == 'compile':
             module = torch.compile(module, fullgraph=True)
         wait = torch.cuda.synchronize if device != 'cpu' else lambda: None
-        return lambda: (module(x), wait())
+        return lambda: _after(module(x), wait)
     if runtime == 'onnxruntime':
         providers = ['CUDAExecutionProvider'] if device != 'cpu' else None
         session = OnnxModel(file, providers=providers).session
@@ -120,12 +120,7 @@ def _call(runtime: str, network: Any, file: Path, images: Tensor, device: str) -
     path = file.with_suffix('.engine') if network is not None else Path(tempfile.mkdtemp()) / 'model.engine'
     build_engine(file, path, batch=(len(images),) * 3)
     engine, x = Engine(path), images.cuda()
-
-    def call() -> None:
-        engine(x)
-        torch.cuda.synchronize()
-
-    return call
+    return lambda: _after(engine(x), torch.cuda.synchronize)
 
 
 def _openvino(file: Path, images: Tensor) -> Callable[[], object]:
@@ -137,6 +132,11 @@ def _openvino(file: Path, images: Tensor) -> Callable[[], object]:
     compiled = openvino.Core().compile_model(str(file), 'CPU', settings)
     request, array = compiled.create_infer_request(), images.numpy()
     return lambda: request.infer([array])
+
+
+def _after(outputs: object, wait: Callable[[], None]) -> object:
+    wait()
+    return outputs
 
 
 def _rounds(names: list[str], repeats: int) -> Iterator[str]:
