@@ -93,7 +93,7 @@ def test_peak_counts_what_is_held_at_once():
     assert 8000 <= window.peak(call) < 12000
 
 
-@pytest.mark.parametrize('task', ['classification', 'detection'])
+@pytest.mark.parametrize('task', ['classification', pytest.param('detection', marks=pytest.mark.slow)])
 def test_peers_train_the_same_head_on_another_backbone(capsys, tmp_path, task):
     assert main(['peers', '--tasks', task, '--max-iters', '2', '--work-dir', str(tmp_path)]) == 0
     line = capsys.readouterr().out.strip().splitlines()[-1]
