@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from ..kernels.precision import full_precision
 from .backbone import check_format, normalise_indices
 from .layers import Mlp, drop_path_schedule, norm_factory
 from .layers.grid import ceil_div, pad_bottom_right, padded, to_first, to_last
@@ -72,7 +73,7 @@ class PairTable(nn.Module):
 
 def resize_pairs(table: Tensor, queries: Grid, keys: Grid, new_queries: Grid, new_keys: Grid) -> Tensor:
     """A table (1, h, H W, H' W') for maps of other sizes, bicubically along each axis of both."""
-    with torch.autocast(table.device.type, enabled=False):
+    with full_precision(table):
         out = table.float()[0].unflatten(2, keys).unflatten(1, queries)  # (h, H, W, H', W')
         for axis, (old, new) in enumerate(zip((*keys, *queries), (*new_keys, *new_queries))):
             axis = (axis + 2) % 4 + 1  # keys first: their map is the smaller one

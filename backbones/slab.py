@@ -8,14 +8,14 @@ maps are resampled bilinearly; linear attention is float32 in all of them (their
 """
 
 # B batch, C channels, H W size of the current stage, h heads, d head width, w window, N positions attended to
-import contextlib
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.precision import full_precision
 from .cswin import CrossShapedAttention, StripeAttention
 from .layers import mixer, norm_factory
 from .layers.fold_norm import fold_into_previous
@@ -42,7 +42,7 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, heads: int, eps:
     """
     B, N, C = query.shape
     M, d = key.shape[1], C // heads
-    with _without_autocast(query.device.type):
+    with full_precision(query):
         q, k, v = (t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in (query, key, value))
         q, k = (t.relu().unflatten(-1, (heads, d)).transpose(1, 2) for t in (q, k))  # (B, h, N, d)
         v = v.unflatten(-1, (heads, d)).transpose(1, 2)
@@ -52,12 +52,6 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, heads: int, eps:
         else:
             out = (q @ (k.transpose(-1, -2) @ v)) / (q @ k.sum(-2).unsqueeze(-1) + eps)
         return out.transpose(1, 2).reshape(B, N, C).to(value.dtype)
-
-
-def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    """Entered only where autocast is on, so that exported graphs have no trace of it."""
-    on = device != 'meta' and torch.is_autocast_enabled(device)  # 'meta' has no autocast to ask for
-    return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
 
 
 class HeadwiseConv(nn.Conv2d):

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.precision import full_precision
 from .backbone import rename
 from .layers import Mlp, TokenBlock, build_token_mixer, drop_path_schedule, norm_factory
 from .layers.grid import pad_bottom_right, to_last
@@ -64,7 +65,7 @@ class TokenPerformer(nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         # sums of exponentials over all positions and a quotient of them: float32 under autocast too
-        with torch.autocast(query.device.type, enabled=False):
+        with full_precision(query):
             query, key = self._features(query.float()), self._features(key.float())
             total = query @ key.sum(1).unsqueeze(-1)  # (B, N, 1)
             return query @ (key.transpose(1, 2) @ value.float()) / (total + 1e-8)

@@ -11,14 +11,13 @@ W >= 1, odd ones too. All sums are in float32.
 Source: Global Filter Networks for Image Classification, arXiv 2107.00645.
 """
 
-import math
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import select
+from .fourier import cos_sin
+from .precision import full_precision
 
 # largest map, in positions, for which matrix products are faster than the FFT (measured on a CPU, 14x14)
 _SMALL = 196
@@ -55,14 +54,14 @@ def global_filter_reference(x: Tensor, weight: Tensor) -> Tensor:
     """The definition as matrix products: along W into frequencies, along H, the weights, and back."""
     B, H, W, C = x.shape
     L = W // 2 + 1  # frequencies along W
-    cos_h, sin_h = _cos_sin(H, H, H, x.device)
-    cos_w, sin_w = _cos_sin(L, W, W, x.device)
+    cos_h, sin_h = cos_sin(H, H, H, x.device)
+    cos_w, sin_w = cos_sin(L, W, W, x.device)
     # (2H, 2H): from (h, real or imaginary) to (k, real or imaginary)
     turn = torch.stack((torch.stack((cos_h, sin_h), 2), torch.stack((-sin_h, cos_h), 2)), 1).reshape(2 * H, 2 * H)
     along_w = torch.cat((cos_w, -sin_w))  # (2L, W)
     frequency = torch.arange(L, device=x.device)
     multiplicity = 2.0 - ((frequency == 0) | (2 * frequency == W)).float()
-    with _full_precision(x):
+    with full_precision(x):
         spectrum = _times(along_w, x.float().reshape(B * H, W, C)).reshape(B, 2 * H, L * C)
         spectrum = _times(turn, spectrum).reshape(B, H, 2, L, C)
         (real, imaginary), (weight_real, weight_imaginary) = spectrum.unbind(2), weight.float().unbind(3)
@@ -115,18 +114,3 @@ def can_run_triton(x: Tensor) -> str | None:
 def _times(matrix: Tensor, x: Tensor) -> Tensor:
     """matrix @ x[n] for each n; torch.matmul would ask whether to fold n away, which depends on sizes."""
     return torch.bmm(matrix.expand(x.shape[0], -1, -1), x)
-
-
-def _cos_sin(frequencies: int, positions: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of 2 pi k n / size, (frequencies, positions); k n is reduced in integers, so large ones are exact."""
-    k, n = torch.arange(frequencies, device=device), torch.arange(positions, device=device)
-    whole = torch.full((), size, device=device)  # ONNX has no remainder by a symbolic number
-    angle = (k[:, None] * n % whole).float() * (2 * math.pi) / size
-    return angle.cos(), angle.sin()
-
-
-def _full_precision(x: Tensor) -> torch.autocast | nullcontext[None]:
-    """No autocast of the products: frequencies add up over the whole map."""
-    if x.device.type != 'meta' and torch.is_autocast_enabled(x.device.type):  # 'meta' has no autocast to ask for
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()

@@ -12,12 +12,11 @@ Computed in float32 at least, whatever autocast says: the sums over a large map 
 Source: EfficientViT: Multi-Scale Linear Attention for High-Resolution Dense Prediction, arXiv 2205.14756.
 """
 
-import contextlib
-
 import torch
 from torch import Tensor
 
 from .dispatch import select
+from .precision import full_precision
 
 
 def relu_linear_attention(qkv: Tensor, *, heads: int, eps: float = 1e-15, backend: str | None = None) -> Tensor:
@@ -47,7 +46,7 @@ def relu_linear_attention_reference(qkv: Tensor, *, heads: int, eps: float) -> T
     """The definition in plain PyTorch."""
     B, H, W, C3 = qkv.shape
     tokens, width = H * W, C3 // (3 * heads)
-    with _without_autocast(qkv.device.type):
+    with full_precision(qkv):
         x = qkv.float() if qkv.dtype in (torch.float16, torch.bfloat16) else qkv
         x = x.reshape(B, tokens, heads, 3, width).permute(3, 0, 2, 1, 4)  # (3, B, heads, N, d)
         query, key = x[:2].relu()
@@ -65,9 +64,3 @@ def relu_linear_attention_reference(qkv: Tensor, *, heads: int, eps: float) -> T
 def can_run_triton(qkv: Tensor) -> str | None:
     """Why Triton cannot take this call."""
     return 'no Triton kernel is written for it'
-
-
-def _without_autocast(device: str) -> contextlib.AbstractContextManager[None]:
-    """Entered only where autocast is on, so that exported graphs have no trace of it."""
-    on = device != 'meta' and torch.is_autocast_enabled(device)  # 'meta' has no autocast to ask for
-    return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()  # type: ignore[return-value]

@@ -8,13 +8,12 @@ Computed as a circular convolution on (2H, 2W), where nothing that is kept wraps
 Source: Hyena Hierarchy, arXiv 2302.10866; in two dimensions: arXiv 2309.13600.
 """
 
-import math
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
 from .dispatch import select
+from .fourier import cos_sin
+from .precision import full_precision
 
 
 def long_convolution(x: Tensor, filters: Tensor, *, backend: str | None = None) -> Tensor:
@@ -48,14 +47,14 @@ def long_convolution_reference(x: Tensor, filters: Tensor) -> Tensor:
     """The definition as matrix products: x and filters into 2H x (W + 1) frequencies, their product, and back."""
     B, H, W, C = x.shape
     P, L = 2 * H, W + 1  # frequencies
-    cos_h, sin_h = _cos_sin(P, P, P, x.device)
-    cos_w, sin_w = _cos_sin(L, 2 * W, 2 * W, x.device)
+    cos_h, sin_h = cos_sin(P, P, P, x.device)
+    cos_w, sin_w = cos_sin(L, 2 * W, 2 * W, x.device)
     # (2P, 2P): from (h, real or imaginary) to (k, real or imaginary); (2L, 2W): from w to (real or imaginary, l)
     turn = torch.stack((torch.stack((cos_h, sin_h), 2), torch.stack((-sin_h, cos_h), 2)), 1).reshape(2 * P, 2 * P)
     along_w = torch.cat((cos_w, -sin_w))
     frequency = torch.arange(L, device=x.device)
     multiplicity = 2.0 - ((frequency == 0) | (frequency == W)).float()  # those above W are conjugates
-    with _full_precision(x):
+    with full_precision(x):
         real, imaginary = _spectrum(x.float(), turn, along_w)
         filter_real, filter_imaginary = _spectrum(filters.float()[None], turn, along_w)
         product = (
@@ -95,18 +94,3 @@ def _spectrum(x: Tensor, turn: Tensor, along_w: Tensor) -> tuple[Tensor, Tensor]
     x = torch.matmul(along_w.narrow(1, 0, columns), x.reshape(B * rows, columns, C)).reshape(B, 2 * rows, L * C)
     real, imaginary = torch.matmul(turn.narrow(1, 0, 2 * rows), x).reshape(B, P, 2, L, C).unbind(2)
     return real, imaginary
-
-
-def _cos_sin(frequencies: int, positions: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of 2 pi k n / size, (frequencies, positions); k n is reduced in integers, so large ones are exact."""
-    k, n = torch.arange(frequencies, device=device), torch.arange(positions, device=device)
-    whole = torch.full((), size, device=device)  # ONNX has no remainder by a symbolic number
-    angle = (k[:, None] * n % whole).float() * (2 * math.pi) / size
-    return angle.cos(), angle.sin()
-
-
-def _full_precision(x: Tensor) -> torch.autocast | nullcontext[None]:
-    """No autocast of the products: frequencies add up over the whole map."""
-    if x.device.type != 'meta' and torch.is_autocast_enabled(x.device.type):  # 'meta' has no autocast to ask for
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()

@@ -50,8 +50,11 @@ def describe(name: str, *, size: int | None = None, dense: bool = False) -> dict
         top1 (published, ImageNet-1k), pyramid (the sizes it takes), export (what may vary), licence, paper.
     """
     with torch.device('meta'):
-        model: Any = create_model(name, features_only=dense).eval()
+        # the counter's hooks trip over parameters that enter a block as tokens and ask for gradients
+        model: Any = create_model(name, features_only=dense).eval().requires_grad_(False)
         side = size if size is not None and model.sizes.dynamic else model.default_cfg['input_size'][-1]
+        if model.sizes.dynamic:
+            side = max(side, model.sizes.minimum)
         image = torch.empty(1, 3, side, side)
     return {
         'name': name,

@@ -11,6 +11,7 @@ with nearly the same Euclidean norm, so that rounding would choose.
 import torch
 from torch import Tensor
 
+from ...kernels.precision import full_precision
 from .downsample import ConvDownsample
 from .grid import to_first, to_last
 
@@ -31,7 +32,7 @@ def anchor(x: Tensor, period: int) -> Tensor:
     """
     B, H, W, C = x.shape
     magnitude = x.detach().float().abs().sum(-1)
-    with torch.autocast(x.device.type, enabled=False):  # equal norms after rounding would be chosen among by place
+    with full_precision(x):  # equal norms after rounding would be chosen among by place
         # bmm: whether a matrix times matrices copies depends on the batch, which may be symbolic
         rows = torch.bmm(_component(H, period, x.device).expand(B, -1, -1), magnitude)
         norm = torch.bmm(rows, _component(W, period, x.device).t().expand(B, -1, -1))

@@ -8,6 +8,7 @@ Values are those of torch.nn.functional.interpolate with align_corners=False.
 import torch
 from torch import Tensor
 
+from ...kernels.precision import full_precision
 from .lookup import choose
 
 # method -> (kernel's free coefficient or None for the triangle, whether the kernel widens when shrinking)
@@ -25,7 +26,7 @@ def resize_table(table: Tensor, size: tuple[int, int], method: str) -> Tensor:
         method: 'bicubic_antialias', 'bicubic' or 'bilinear'.
     """
     height, width, _ = table.shape
-    with torch.autocast(table.device.type, enabled=False):
+    with full_precision(table):
         down = resize_matrix(height, size[0], method, table.device)
         across = resize_matrix(width, size[1], method, table.device)
         # the matrices are as good as constants: float32, small, and no more exact in another order
