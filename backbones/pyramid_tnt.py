@@ -19,7 +19,6 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from ..kernels.precision import full_precision
-from .backbone import check_format, normalise_indices
 from .layers import Mlp, drop_path_schedule, norm_factory
 from .layers.grid import ceil_div, pad_bottom_right, padded, to_first, to_last
 from .layers.positions import PositionTable
@@ -342,35 +341,15 @@ class PyramidTNT(FromStride8):
         )
         self.apply(self.init_weights)
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = 'NCHW',
-        intermediates_only: bool = False,
-    ) -> Any:
-        """As in `Hierarchical`; maps are those of the sentences."""
-        check_format(output_fmt)
-        self._check_image(x)
-        wanted = normalise_indices(len(self.stages) if indices is None else indices, len(self.stages))
-        state: Any = x.contiguous(memory_format=torch.channels_last)
-        maps = []
-        for s, (downsample, blocks) in enumerate(zip(self.downsample_layers, self.stages)):
-            x, words, bias = downsample(state)
-            for block in blocks:  # type: ignore[attr-defined]
-                x, words = self._call(block, x, words, bias)
-            state = x, words
-            if s in wanted:
-                maps.append(to_first(x) if output_fmt == 'NCHW' else x)
-            if s == wanted[-1] and (stop_early or intermediates_only):
-                break
-        if intermediates_only:
-            return maps
-        if not self.features_only and len(self.stages) == s + 1:
-            x = self.norm(x)
-        return to_first(x), maps
+    def _stage(self, s: int, x: Any) -> Any:
+        """(sentences, words) from those of the stage before, or from images."""
+        sentences, words, bias = self.downsample_layers[s](x)
+        for block in self.stages[s]:  # type: ignore[attr-defined]
+            sentences, words = self._call(block, sentences, words, bias)
+        return sentences, words
+
+    def _map(self, state: Any) -> Tensor:
+        return state[0]
 
     def no_weight_decay(self) -> set[str]:
         return {'downsample_layers.0.inner_pos', 'downsample_layers.0.outer_pos.table'}

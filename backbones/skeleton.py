@@ -153,10 +153,11 @@ class Hierarchical(Backbone):
         self._check_image(x)
         wanted = normalise_indices(len(self.stages) if indices is None else indices, len(self.stages))
         norms: Any = self.output_norms if norm and hasattr(self, 'output_norms') else {}
-        x = x.contiguous(memory_format=torch.channels_last)
         maps = []
+        state: Any = x.contiguous(memory_format=torch.channels_last)
         for s in range(len(self.stages)):
-            x = self._stage(s, x)
+            state = self._stage(s, state)
+            x = self._map(state)
             if s in wanted:
                 out = norms[str(s)](x) if str(s) in norms else x
                 maps.append(to_first(out) if output_fmt == 'NCHW' else out)
@@ -168,22 +169,23 @@ class Hierarchical(Backbone):
             x = self.norm(x)
         return to_first(x), maps
 
-    def _stage(self, s: int, x: Tensor) -> Tensor:
+    def _stage(self, s: int, x: Any) -> Any:
         """Downsampling and blocks of stage s; for inference on a CPU some images at a time, see `_AT_ONCE`."""
-        downsample, blocks = self.downsample_layers[s], self.stages[s]
-        step = self._images_at_once(s, x)
+        x, blocks = self.downsample_layers[s](x), self.stages[s]
+        step = self._images_at_once(x)
         if step is None:
-            return self._run(blocks, downsample(x))
-        return torch.cat([self._run(blocks, downsample(images)) for images in x.split(step)])
+            return self._run(blocks, x)
+        return torch.cat([self._run(blocks, images) for images in x.split(step)])
 
-    def _images_at_once(self, s: int, x: Tensor) -> int | None:
-        """Fewer images than the batch holds, or None for all."""
+    def _map(self, state: Any) -> Tensor:
+        """The map (B, H, W, C) in what a stage gives; more than that flows in families that override both."""
+        return state
+
+    def _images_at_once(self, x: Tensor) -> int | None:
+        """So many of (B, H, W, C) that the parts are alike and within `_AT_ONCE`; None for all."""
         if torch.compiler.is_compiling() or x.device.type != 'cpu' or self.training or torch.is_grad_enabled():
             return None
-        shrink = self.strides[s] // (self.strides[s - 1] if s else 1)
-        height, width = (ceil_div(n, shrink) for n in (x.shape[1:3] if s else x.shape[2:]))
-        most = max(_AT_ONCE // (height * width * self.feature_info[s]['num_chs']), 1)
-        parts = ceil_div(x.shape[0], most)
+        parts = ceil_div(x.shape[0], max(_AT_ONCE // x.shape[1:].numel(), 1))
         return ceil_div(x.shape[0], parts) if parts > 1 else None
 
     def _run(self, blocks: nn.Module, x: Tensor) -> Tensor:
