@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 BACKENDS = ('auto', 'triton', 'torch')
+NOT_WRITTEN = 'no Triton kernel is written for it'  # the refusal of operations without one
 VARIABLE = 'DENSEZOO_KERNELS'
 
 _HAS_TRITON = importlib.util.find_spec('triton') is not None  # found, not imported

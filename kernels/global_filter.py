@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import select
+from .dispatch import NOT_WRITTEN, select
 from .fourier import cos_sin
 from .precision import full_precision
 
@@ -46,7 +46,7 @@ def global_filter(x: Tensor, weight: Tensor, *, backend: str | None = None) -> T
     expected = (H, W // 2 + 1, C, 2)
     if tuple(weight.shape) != expected:
         raise ValueError(f'weight must be (H, W // 2 + 1, C, 2) = {expected}, got {tuple(weight.shape)=}')
-    chosen = select('global_filter', backend, {'triton': can_run_triton(x), 'fft': can_run_fft(x), 'torch': None})
+    chosen = select('global_filter', backend, {'triton': NOT_WRITTEN, 'fft': can_run_fft(x), 'torch': None})
     return (global_filter_fft if chosen == 'fft' else global_filter_reference)(x, weight)
 
 
@@ -104,11 +104,6 @@ def can_run_fft(x: Tensor) -> str | None:
     if isinstance(height, int) and isinstance(width, int) and height * width <= _SMALL:
         return 'on small maps matrix products are faster'
     return None
-
-
-def can_run_triton(x: Tensor) -> str | None:
-    """Why Triton cannot take this call."""
-    return 'no Triton kernel is written for it'
 
 
 def _times(matrix: Tensor, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ Source: EfficientViT: Multi-Scale Linear Attention for High-Resolution Dense Pre
 import torch
 from torch import Tensor
 
-from .dispatch import select
+from .dispatch import NOT_WRITTEN, select
 from .precision import full_precision
 
 
@@ -38,7 +38,7 @@ def relu_linear_attention(qkv: Tensor, *, heads: int, eps: float = 1e-15, backen
         raise ValueError(f'qkv must be (B, H, W, 3C), got {tuple(qkv.shape)=}')
     if heads < 1 or qkv.shape[-1] % (3 * heads):
         raise ValueError(f'heads must divide the channels of q, k and v, got {heads=}, {tuple(qkv.shape)=}')
-    select('relu_linear_attention', backend, {'triton': can_run_triton(qkv), 'torch': None})
+    select('relu_linear_attention', backend, {'triton': NOT_WRITTEN, 'torch': None})
     return relu_linear_attention_reference(qkv, heads=heads, eps=eps)
 
 
@@ -59,8 +59,3 @@ def relu_linear_attention_reference(qkv: Tensor, *, heads: int, eps: float) -> T
             total = query @ keys.sum(-1, keepdim=True)
             out = (query @ (keys @ value)) / (total + eps)
         return out.transpose(1, 2).reshape(B, H, W, C3 // 3).to(qkv.dtype)
-
-
-def can_run_triton(qkv: Tensor) -> str | None:
-    """Why Triton cannot take this call."""
-    return 'no Triton kernel is written for it'

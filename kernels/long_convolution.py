@@ -11,7 +11,7 @@ Source: Hyena Hierarchy, arXiv 2302.10866; in two dimensions: arXiv 2309.13600.
 import torch
 from torch import Tensor
 
-from .dispatch import select
+from .dispatch import NOT_WRITTEN, select
 from .fourier import cos_sin
 from .precision import full_precision
 
@@ -39,7 +39,7 @@ def long_convolution(x: Tensor, filters: Tensor, *, backend: str | None = None) 
     expected = (2 * H - 1, 2 * W - 1, C)
     if tuple(filters.shape) != expected:
         raise ValueError(f'filters must be (2H - 1, 2W - 1, C) = {expected}, got {tuple(filters.shape)=}')
-    chosen = select('long_convolution', backend, {'triton': can_run_triton(x), 'fft': can_run_fft(x), 'torch': None})
+    chosen = select('long_convolution', backend, {'triton': NOT_WRITTEN, 'fft': can_run_fft(x), 'torch': None})
     return (long_convolution_fft if chosen == 'fft' else long_convolution_reference)(x, filters)
 
 
@@ -80,11 +80,6 @@ def long_convolution_fft(x: Tensor, filters: Tensor) -> Tensor:
 def can_run_fft(x: Tensor) -> str | None:
     """Why fast Fourier transforms do not take this call."""
     return 'exported programs hold no FFT, which ONNX and TensorRT lack' if torch.compiler.is_exporting() else None
-
-
-def can_run_triton(x: Tensor) -> str | None:
-    """Why Triton cannot take this call."""
-    return 'no Triton kernel is written for it'
 
 
 def _spectrum(x: Tensor, turn: Tensor, along_w: Tensor) -> tuple[Tensor, Tensor]:
