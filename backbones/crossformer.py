@@ -7,7 +7,6 @@ padded before downsampling, where theirs stops with an error; a block of their d
 attends to short distances for good, ours does on small maps alone.
 """
 
-import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -21,6 +20,7 @@ from .layers import MetaFormerBlock, Mlp, build_mixer, drop_path_schedule, mixer
 from .layers.grid import ceil_div, pad_bottom_right, to_first, to_last
 from .layers.norm import NormFactory
 from .layers.relative_position import relative_position_index
+from .layers.replace import replaced
 from .registry import register, weights
 from .skeleton import Hierarchical, check_stages, per_stage, rename
 
@@ -153,12 +153,7 @@ def fold_position_bias(model: _Model, reach: int | None = None) -> _Model:
         model: holds `DynamicPositionBias` modules; stays as it is.
         reach: side of the largest window; None for what the model meets at usual sizes.
     """
-    model = copy.deepcopy(model)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, DynamicPositionBias):
-                setattr(parent, name, child.for_deploy(reach))
-    return model
+    return replaced(model, DynamicPositionBias, lambda bias: bias.for_deploy(reach))
 
 
 @mixer('group')

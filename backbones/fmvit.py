@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from .layers import BatchNorm, drop_path_schedule
 from .layers.grid import to_first, to_last
-from .layers.reparam import RepConv, fold_norm_into_linear, merge_branches
+from .layers.reparam import RepConv, merge_branches
 from .registry import register, weights
 from .skeleton import Hierarchical, check_stages, per_stage
 
@@ -259,19 +259,12 @@ class FMViT(Hierarchical):
         )
         self.apply(self.init_weights)
 
-    def reparameterize(self) -> 'FMViT':
+    def reparameterize(self) -> nn.Module:
         """A copy in evaluation mode made of plain convolutions and attention, with equal outputs.
 
         The classifier's norm becomes part of its linear layer, so `forward_features` gives the map before it.
         """
         return merge_branches(self).for_deploy()
-
-    def for_deploy(self) -> 'FMViT':
-        """The same model with the classifier's norm inside the linear layer that follows pooling."""
-        if not self.features_only and isinstance(self.norm, BatchNorm) and isinstance(self.head, nn.Linear):
-            fold_norm_into_linear(self.norm, self.head)
-            self.norm = nn.Identity()
-        return self
 
 
 _PAPER: dict[str, Any] = {

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .fold_norm import affine_of_batch_norm
 from .lookup import choose
 from .mlp import ACTIVATIONS
 
@@ -59,10 +60,8 @@ class ConvNorm(nn.Module):
         nn.init.zeros_(norm.weight)
 
     def _folded(self, x: Tensor) -> Tensor:
-        conv: nn.Conv2d = self.conv
-        norm: Any = self.norm
-        factor = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-        shift = torch.addcmul(norm.bias, norm.running_mean, factor, value=-1)
+        conv = self.conv
+        factor, shift = affine_of_batch_norm(self.norm)
         if conv.bias is not None:
             shift = torch.addcmul(shift, conv.bias, factor)
         weight = conv.weight * factor[:, None, None, None]

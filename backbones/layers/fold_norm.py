@@ -32,14 +32,18 @@ class Affine(nn.Module):
 def affine_of(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
     """(scale, shift) of a norm in evaluation mode; None if it depends on its input."""
     if isinstance(norm, _BatchNorm):
-        if norm.running_mean is None or norm.running_var is None:
-            return None
-        scale = torch.rsqrt(norm.running_var + norm.eps)
-        scale = scale if norm.weight is None else scale * norm.weight
-        shift = -norm.running_mean * scale
-        return scale, shift if norm.bias is None else shift + norm.bias
+        return None if norm.running_mean is None else affine_of_batch_norm(norm)
     affine = getattr(norm, 'affine', None)
     return affine() if callable(affine) else None
+
+
+def affine_of_batch_norm(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """(scale, shift) of a batch norm by its running statistics."""
+    assert isinstance(norm, _BatchNorm) and norm.running_var is not None and norm.running_mean is not None
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    scale = scale if norm.weight is None else scale * norm.weight
+    shift = -norm.running_mean * scale
+    return scale, shift if norm.bias is None else shift + norm.bias
 
 
 @torch.no_grad()

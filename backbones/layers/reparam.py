@@ -5,13 +5,15 @@ statistics are fixed, a grouped convolution is a dense one whose weight is block
 large one with zeros around it; so the sum of them all is a single convolution.
 """
 
-import copy
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .fold_norm import affine_of_batch_norm
+from .replace import replaced
 
 _Model = TypeVar('_Model', bound=nn.Module)
 
@@ -74,11 +76,11 @@ class RepConv(nn.Module):
         weights, biases = [], []
         conv: Any
         for conv, norm in zip(self.convs, self.norms):
-            factor, shift = _affine(norm)
+            factor, shift = affine_of_batch_norm(norm)
             weights.append(self._widened(conv.weight, conv.groups) * factor[:, None, None, None])
             biases.append(shift)
         if self.skip is not None:
-            factor, shift = _affine(self.skip)
+            factor, shift = affine_of_batch_norm(self.skip)
             dim, inputs = weights[0].shape[:2]
             eye = torch.eye(inputs, dtype=factor.dtype, device=factor.device).repeat(dim // inputs, 1)
             weights.append(self._centred((eye * factor[:, None])[:, :, None, None]))
@@ -121,26 +123,4 @@ class RepConv(nn.Module):
 
 def merge_branches(model: _Model) -> _Model:
     """A copy in evaluation mode whose `RepConv`s are plain convolutions; the argument stays as it is."""
-    model = copy.deepcopy(model).eval()
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, RepConv):
-                setattr(parent, name, child.for_deploy())
-    return model
-
-
-@torch.no_grad()
-def fold_norm_into_linear(norm: nn.Module, linear: nn.Linear) -> None:
-    """Makes `linear(x)` what `linear(norm(x))` was, for a batch norm over the channels of x."""
-    factor, shift = _affine(norm)
-    if linear.bias is None:
-        linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
-    linear.bias.add_(linear.weight @ shift)
-    linear.weight.mul_(factor)
-
-
-def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """A batch norm with fixed statistics as x * factor + shift."""
-    assert isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None and norm.running_mean is not None
-    factor = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    return factor, norm.bias - norm.running_mean * factor
+    return replaced(model, RepConv, RepConv.for_deploy).eval()
