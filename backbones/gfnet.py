@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
@@ -26,8 +25,9 @@ from .layers import (
     mixer,
     norm_factory,
 )
-from .layers.grid import ceil_div, to_last
+from .layers.grid import ceil_div
 from .layers.positions import PositionTable
+from .layers.resize import resize_table
 from .plain import Plain, block_windows, check_plain, grid_of
 from .registry import register, weights
 from .sizes import Resampled
@@ -105,10 +105,10 @@ class PositionedStem(ConvDownsample):
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x)
         height, width = x.shape[1:3]
-        table = self.pos_embed.reshape(1, *self.grid, -1)
+        table = self.pos_embed[0].unflatten(0, self.grid)
         if not (isinstance(height, int) and isinstance(width, int) and (height, width) == self.grid):
-            table = to_last(F.interpolate(table.permute(0, 3, 1, 2), size=(height, width), mode='bicubic'))
-        return x + table[0]
+            table = resize_table(table, (height, width), 'bicubic').to(table.dtype)
+        return x + table
 
 
 class GFNet(Hierarchical):

@@ -16,7 +16,16 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from .layers import ConvDownsample, MetaFormerBlock, Mlp, build_mixer, drop_path_schedule, mixer, norm_factory
+from .layers import (
+    ConvDownsample,
+    MetaFormerBlock,
+    Mlp,
+    build_mixer,
+    drop_path_schedule,
+    mixer,
+    norm_factory,
+    resize,
+)
 from .layers.deform import OFFSET_LR_SCALE, DeformableMerging
 from .layers.grid import ceil_div
 from .layers.lookup import choose
@@ -100,8 +109,8 @@ def resize_table(table: Tensor, grid: tuple[int, int], size: tuple[int, int]) ->
     if _known(*size) and size == grid:
         return table
     (rows, cols), (new_rows, new_cols) = ((2 * n - 1 for n in pair) for pair in (grid, size))
-    planes = table.t().reshape(1, -1, rows, cols)
-    return F.interpolate(planes, size=(new_rows, new_cols), mode='bicubic').flatten(2)[0].t()
+    resized = resize.resize_table(table.unflatten(0, (rows, cols)), (new_rows, new_cols), 'bicubic')
+    return resized.flatten(0, 1).to(table.dtype)
 
 
 class Position(nn.Module):
@@ -148,8 +157,8 @@ def resize_embedding(embedding: Tensor, grid: tuple[int, int], size: tuple[int, 
     """Embeddings (1, N, C) of the positions of `grid` as those of `size`."""
     if _known(*size) and size == grid:
         return embedding
-    planes = embedding.reshape(1, *grid, -1).permute(0, 3, 1, 2)
-    return F.interpolate(planes, size=size, mode='bilinear').flatten(2).transpose(1, 2)
+    resized = resize.resize_table(embedding[0].unflatten(0, grid), size, 'bilinear')
+    return resized.flatten(0, 1)[None].to(embedding.dtype)
 
 
 def _known(*sizes: int) -> bool:

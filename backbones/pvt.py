@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import ConvDownsample, MetaFormerBlock, Mlp, build_mixer, drop_path_schedule, norm_factory
 from .layers.grid import ceil_div
 from .layers.norm import NormFactory
+from .layers.resize import resize_table
 from .pvt_v2 import BLOCK_RENAMES
 from .registry import register, weights
 from .sizes import Resampled
@@ -74,7 +74,7 @@ class PositionedDownsample(ConvDownsample):
 
 def _resize(table: Tensor, size: tuple[int, int]) -> Tensor:
     """(1, H, W, C) -> (1, *size, C)."""
-    return F.interpolate(table.permute(0, 3, 1, 2), size, mode='bilinear').permute(0, 2, 3, 1)
+    return resize_table(table[0], size, 'bilinear')[None].to(table.dtype)
 
 
 class PVT(Hierarchical):
