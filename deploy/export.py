@@ -1,6 +1,7 @@
 """Backbones and whole tasks as torch.export programs, with dynamic batch and image size."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -54,13 +55,20 @@ def export_program(
     if dynamic_size:
         first[2], first[3] = Dim('height', min=smallest, max=MAX_SIZE), Dim('width', min=smallest, max=MAX_SIZE)
     shapes = (first, *(others for _ in inputs[1:])) if first else None
-    was_training = {module for module in model.modules() if module.training}
+    with evaluating(model), use('torch'), symbolic_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        return torch.export.export(
+            model, inputs, dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True
+        )
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A block in which a model is in evaluation mode, without gradients; afterwards each part is as it was."""
+    was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with use('torch'), torch.no_grad(), symbolic_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-            return torch.export.export(
-                model, inputs, dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True
-            )
+        with torch.no_grad():
+            yield
     finally:
         for module in was_training:
             module.training = True

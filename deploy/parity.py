@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
+from .export import evaluating
 from .onnx import read_metadata, require
 
 
@@ -169,13 +170,8 @@ def _above(outputs: Sequence[Tensor], picture: int, limit: float) -> list[Tensor
 def check_onnx(model: nn.Module, path: str | os.PathLike[str], *inputs: Tensor) -> list[Parity]:
     """The file's outputs in onnxruntime against the model's, on the same inputs."""
     exported = OnnxModel(path)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            expected = model(*inputs)
-    finally:
-        model.train(training)
+    with evaluating(model):
+        expected = model(*inputs)
     return compare(exported.outputs, exported(*inputs), expected)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .export import evaluating
+
 DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16}
 # float16 ends at 65504; what comes this near to the end on some images may pass it on others
 HEADROOM = 8.0
@@ -74,16 +76,13 @@ def out_of_range(model: nn.Module, images: Iterable[Tensor], *, precision: str =
         return hook
 
     handles = [module.register_forward_hook(measure(name)) for name, module in model.named_modules() if name]
-    training = model.training
-    model.eval()
     batches = 0
     try:
-        with torch.no_grad():
+        with evaluating(model):
             for batch in images:
                 model(batch)
                 batches += 1
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     if not batches:

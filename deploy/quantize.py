@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from .onnx import replacing, require
+from .parity import OnnxModel, compare
 
 RANGES = ('minmax', 'entropy', 'percentile')
 OPERATORS = ('Conv', 'MatMul', 'Gemm')
@@ -127,8 +127,6 @@ def sensitivity(
         images: batches to calibrate and to compare on.
         ranges: see `quantize`.
     """
-    from .parity import OnnxModel
-
     nodes = quantizable(source)
     original = OnnxModel(source)
     expected = [original(batch) for batch in images]
@@ -139,7 +137,8 @@ def sensitivity(
             others = [other for other in nodes if other != node]
             quantize(source, alone, images, ranges=ranges, exclude=others, measured=Path(scratch) / 'ranges.json')
             model = OnnxModel(alone)
-            costs.append((node, sum(_unlike(model(x), y) for x, y in zip(images, expected)) / len(images)))
+            rows = [row for x, y in zip(images, expected) for row in compare(model.outputs, model(x), y)]
+            costs.append((node, 1 - sum(row.cosine for row in rows) / len(rows)))
     return sorted(costs, key=lambda entry: -entry[1])
 
 
@@ -167,8 +166,6 @@ def quantize_within(
     Raises:
         ValueError: the budget is not met by any.
     """
-    from .parity import OnnxModel
-
     if budget < 0 or step < 1:
         raise ValueError(f'budget must not be negative and step must be positive, got {budget=}, {step=}')
     wanted = metric(OnnxModel(source)) - budget
@@ -196,9 +193,3 @@ def quantizable(source: str | os.PathLike[str], operators: Sequence[str] = OPERA
 
 def _named(graph: Any, operators: Sequence[str]) -> dict[str, Any]:
     return {node.name: node for node in graph.node if node.op_type in operators}
-
-
-def _unlike(ours: Any, expected: Any) -> float:
-    pairs = list(zip(*(x if isinstance(x, list) else [x] for x in (ours, expected)), strict=True))
-    cosines = [F.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0).item() for a, b in pairs]
-    return 1 - sum(cosines) / len(cosines)

@@ -21,7 +21,6 @@ from densezoo.tools.common import report_errors
 
 ENDINGS = {'onnx': '.onnx', 'engine': '.engine', 'program': '.pt2', 'aoti': '.pt2'}
 TOLERANCE = {'fp32': 1e-4, 'fp16': 2e-2, 'int8': 1.0}  # of max rel; onnxruntime has no bfloat16 on CPUs
-_IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
 
 
 @dataclass
@@ -140,8 +139,8 @@ def _backbone(options: argparse.Namespace) -> Source:
 
     model: Any = create_model(options.model, features_only=options.features, checkpoint_path=options.weights or '')
     side = model.default_cfg.get('input_size', (3, 224, 224))[-1]
-    # weights of a classifier take normalised images: mean and std are in the metadata
-    entries = {'range': 'normalised', 'channels': 'RGB'}
+    # weights of a classifier take normalised images
+    entries = {'range': 'normalised', 'channels': 'RGB', **{key: model.default_cfg[key] for key in ('mean', 'std')}}
     model.outputs = () if options.features else ('logits',)
     return Source(model.eval(), entries, options.model.replace('.', '_'), lambda: (side, side))
 
@@ -207,7 +206,7 @@ def _calibration(
         ]
         stacked = torch.stack(pixels)
         if entries['range'] == 'normalised':
-            mean, std = (torch.tensor(entries.get(key, default)).view(3, 1, 1) for key, default in _IMAGENET.items())
+            mean, std = (torch.tensor(entries[key]).view(3, 1, 1) for key in ('mean', 'std'))
             yield (stacked / 255 - mean) / std
         else:
             yield stacked if entries['range'] == '0..255' else stacked / 255

@@ -220,3 +220,15 @@ def test_a_checkpoint_of_another_config(run, tmp_path, capsys):
     assert export(run, *wrong) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert 'last.pth does not fit the model: of another shape ' in error and not list(tmp_path.iterdir())
+
+
+def test_calibration_normalises_as_the_model_does(pictures):
+    """Published small-image models have other means than ImageNet's."""
+    options = export.parser().parse_args(['--model', 'cct_2_3x2_32', '--calibrate', str(pictures / 'val')])
+    source = export._backbone(options)
+    batch = next(export._calibration(options, source.entries, 32, 32))
+    mean, std = (torch.tensor(source.model.default_cfg[key]).view(3, 1, 1) for key in ('mean', 'std'))
+    assert mean.flatten()[0] == pytest.approx(0.4914)
+    pixels = (batch * std + mean) * 255
+    assert pixels.min() > -1e-3 and pixels.max() < 255.001 and pixels.std() > 1
+    torch.testing.assert_close(pixels, pixels.round(), rtol=0, atol=0.02) if batch.shape[-1] == 32 else None
