@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config
-from mmengine.registry import DATASETS, METRICS
+from mmengine.evaluator import Evaluator
+from mmengine.registry import DATASETS
 from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
@@ -155,20 +156,13 @@ def evaluate(config: Config, predict: Callable[[Sequence[dict[str, Any]]], Resul
     loader = config.get('test_dataloader') or config.val_dataloader
     evaluators = config.get('test_evaluator') or config.val_evaluator
     dataset = DATASETS.build(loader.dataset)
-    metrics = [METRICS.build(spec) for spec in (evaluators if isinstance(evaluators, list) else [evaluators])]
-    for metric in metrics:
-        metric.dataset_meta = dataset.metainfo
+    evaluator = Evaluator(evaluators)
+    evaluator.dataset_meta = dataset.metainfo
     step = int(loader.get('batch_size', 1))
     for start in range(0, len(dataset), step):
         samples = [dataset[i] for i in range(start, min(start + step, len(dataset)))]
-        results = predict(samples)
-        batch = collate(samples)
-        for metric in metrics:
-            metric.process(batch, results)
-    found: dict[str, float] = {}
-    for metric in metrics:
-        found.update({name: float(value) for name, value in metric.evaluate(len(dataset)).items()})
-    return found
+        evaluator.process(data_samples=predict(samples), data_batch=collate(samples))
+    return {name: float(value) for name, value in evaluator.evaluate(len(dataset)).items()}
 
 
 def _resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
