@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .backbone import rename
 from .deit import ORIGIN, RENAMES, URL, DeiT
 from .layers import Mlp, Scale, TokenBlock, build_token_mixer, norm_factory
+from .layers.norm import NormFactory
 from .layers.patches import build_stem
 from .layers.positions import PositionTable
 from .layers.scale import fold_scale
@@ -85,9 +86,17 @@ class ClassAttention(nn.Module):
 class ClassBlock(nn.Module):
     """Class attention and an MLP for the class token alone, each with a learnable scale; patches stay as they are."""
 
-    def __init__(self, *, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, layer_scale: float):
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        norm: NormFactory,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        layer_scale: float,
+    ):
         super().__init__()
-        norm = norm_factory('layer')
         self.norm1 = norm(dim)
         self.attn = ClassAttention(dim=dim, num_heads=num_heads, qkv_bias=qkv_bias)
         self.norm2 = norm(dim)
@@ -118,6 +127,7 @@ class CaiT(Plain):
         num_heads: attention heads.
         patch_size: pixels of a patch's side, and their stride.
         mlp_ratio: width of the MLPs over dim.
+        norm: normalisation throughout, by name.
         qkv_bias: learn a bias of queries, keys and values.
         token_mixer: by name; 'attention' is attention without talking heads, which takes windows.
         layer_scale: start value of the branches' learnable scales.
@@ -139,6 +149,7 @@ class CaiT(Plain):
         num_heads: int = 4,
         patch_size: int = 16,
         mlp_ratio: float = 4.0,
+        norm: str = 'layer',
         qkv_bias: bool = True,
         token_mixer: str = 'talking_heads',
         layer_scale: float = 1e-5,
@@ -157,11 +168,11 @@ class CaiT(Plain):
         check_plain(depth=depth, dim=dim, patch_size=patch_size)
         if window_size is not None and token_mixer == 'talking_heads':
             raise ValueError(f"talking heads take no windows, got {window_size=}; pass token_mixer='attention' too")
-        norm = norm_factory('layer')
+        make_norm = norm_factory(norm)
         blocks = [
             TokenBlock(
                 dim=dim,
-                norm=norm,
+                norm=make_norm,
                 attn=build_token_mixer(
                     token_mixer, dim=dim, num_heads=num_heads, qkv_bias=qkv_bias, window_size=window
                 ),
@@ -178,7 +189,7 @@ class CaiT(Plain):
             position=PositionTable(dim, grid_of(img_size, patch_size), method=DeiT.resize_method),
             prefix=() if features_only else ('cls_token',),
             blocks=blocks,
-            norm=norm,
+            norm=make_norm,
             pooling='avg' if features_only else 'token',
             pyramid_dim=pyramid_dim,
             in_chans=in_chans,
@@ -190,7 +201,12 @@ class CaiT(Plain):
         if not features_only:
             self.blocks_token_only = nn.ModuleList(
                 ClassBlock(
-                    dim=dim, num_heads=num_heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, layer_scale=layer_scale
+                    dim=dim,
+                    num_heads=num_heads,
+                    norm=make_norm,
+                    mlp_ratio=mlp_ratio,
+                    qkv_bias=qkv_bias,
+                    layer_scale=layer_scale,
                 )
                 for _ in range(depth_token_only)
             )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..kernels import window_attention
 from .layers import ConvDownsample, Mlp, drop_path_schedule, mixer, norm_factory
 from .layers.grid import to_first
+from .layers.norm import NormFactory
 from .registry import register, weights
 from .skeleton import Hierarchical, check_stages, per_stage
 
@@ -86,11 +87,10 @@ class PositionEncoding(nn.Module):
 
 
 class DaViTBlock(nn.Module):
-    """Position encoding, attention, position encoding, MLP; attention and MLP are residual branches with LayerNorm."""
+    """Position encoding, attention, position encoding, MLP; attention and MLP are residual branches with norms."""
 
-    def __init__(self, *, dim: int, attention: nn.Module, mlp_ratio: float, drop_path: float):
+    def __init__(self, *, dim: int, attention: nn.Module, norm: NormFactory, mlp_ratio: float, drop_path: float):
         super().__init__()
-        norm = norm_factory('layer_eps5')
         self.cpe = nn.ModuleList(PositionEncoding(dim) for _ in range(2))
         self.norm1 = norm(dim)
         self.attn = attention
@@ -115,6 +115,7 @@ class DaViT(Hierarchical):
         window_size: side of the windows, one for all stages or one per stage.
         mlp_ratio: width of the MLPs over that of the stage.
         qkv_bias: whether query, key and value have biases.
+        norm: normalisation throughout, by name.
         attention_types: what takes turns in each of `depths`, of 'spatial' and 'channel'.
         img_size: not needed.
         The others: see `Hierarchical.assemble`.
@@ -131,6 +132,7 @@ class DaViT(Hierarchical):
         window_size: int | Sequence[int] = 7,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
+        norm: str = 'layer_eps5',
         attention_types: Sequence[str] = ('spatial', 'channel'),
         drop_path_rate: float = 0.0,
         drop_rate: float = 0.0,
@@ -142,7 +144,7 @@ class DaViT(Hierarchical):
     ):
         super().__init__()
         depths, dims = check_stages(depths, dims)
-        norm = norm_factory('layer_eps5')
+        make_norm = norm_factory(norm)
         turns = tuple(attention_types)
         if not turns or not {'spatial', 'channel'}.issuperset(turns):
             raise ValueError(f"attention_types must be of 'spatial' and 'channel', got {attention_types=}")
@@ -157,6 +159,7 @@ class DaViT(Hierarchical):
                 DaViTBlock(
                     dim=dim,
                     attention=attention(turn, dim, heads, side),
+                    norm=make_norm,
                     mlp_ratio=mlp_ratio,
                     drop_path=rate,
                 )
@@ -169,14 +172,14 @@ class DaViT(Hierarchical):
                 drop_path_schedule([len(turns) * depth for depth in depths], drop_path_rate),
             )
         ]
-        stem = ConvDownsample(in_chans, dims[0], kernel=7, stride=4, padding=3, post_norm=norm, image=True)
-        downsample = partial(ConvDownsample, kernel=2, stride=2, padding=0, pre_norm=norm)
+        stem = ConvDownsample(in_chans, dims[0], kernel=7, stride=4, padding=3, post_norm=make_norm, image=True)
+        downsample = partial(ConvDownsample, kernel=2, stride=2, padding=0, pre_norm=make_norm)
         self.assemble(
             dims=dims,
             downsamplings=[stem, *(downsample(a, b) for a, b in itertools.pairwise(dims))],
             stages=stages,
-            output_norm=norm,
-            norm=norm,
+            output_norm=make_norm,
+            norm=make_norm,
             head='linear',
             in_chans=in_chans,
             num_classes=num_classes,

@@ -26,6 +26,7 @@ from .layers import (
     norm_factory,
 )
 from .layers.grid import ceil_div
+from .layers.norm import NormFactory
 from .layers.positions import PositionTable
 from .layers.resize import resize_table
 from .plain import Plain, block_windows, check_plain, grid_of
@@ -69,16 +70,23 @@ class GFNetBlock(nn.Module):
     Args:
         dim: channels.
         grid: (H, W) of the map that the filter is made for.
+        norm: makes the norms.
         mlp_ratio: width of the MLP over dim.
         layer_scale: start value of a learnable scale per channel; None leaves it out.
         drop_path: probability of dropping the branch for an image while training.
     """
 
     def __init__(
-        self, *, dim: int, grid: tuple[int, int], mlp_ratio: float, layer_scale: float | None, drop_path: float
+        self,
+        *,
+        dim: int,
+        grid: tuple[int, int],
+        norm: NormFactory,
+        mlp_ratio: float,
+        layer_scale: float | None,
+        drop_path: float,
     ):
         super().__init__()
-        norm = norm_factory('layer')
         self.norm1 = norm(dim)
         self.filter = GlobalFilter(dim=dim, grid=grid)
         self.norm2 = norm(dim)
@@ -118,6 +126,7 @@ class GFNet(Hierarchical):
         depths, dims: blocks and channels of each stage.
         mlp_ratio: width of the MLPs over that of the stage.
         layer_scale: start value of the branches' learnable scales; None leaves them out.
+        norm: normalisation throughout, by name.
         output_norm: normalisation of the dense form's maps, by name; None returns the stages' raw maps.
         img_size: height and width that filters and positions are made for, 224 if None.
         The others: see `Hierarchical.assemble`.
@@ -133,6 +142,7 @@ class GFNet(Hierarchical):
         dims: Sequence[int] = (64, 128, 256, 512),
         mlp_ratio: float = 4.0,
         layer_scale: float | None = 1e-3,
+        norm: str = 'layer',
         output_norm: str | None = None,
         drop_path_rate: float = 0.0,
         drop_rate: float = 0.0,
@@ -144,12 +154,20 @@ class GFNet(Hierarchical):
     ):
         super().__init__()
         depths, dims = check_stages(depths, dims)
+        make_norm = norm_factory(norm)
         size = img_size if img_size is not None else 224
         height, width = (size, size) if isinstance(size, int) else tuple(size)
         grids = [(ceil_div(height, stride), ceil_div(width, stride)) for stride in self.strides]
         stages = [
             [
-                GFNetBlock(dim=dim, grid=grid, mlp_ratio=mlp_ratio, layer_scale=layer_scale, drop_path=rate)
+                GFNetBlock(
+                    dim=dim,
+                    grid=grid,
+                    norm=make_norm,
+                    mlp_ratio=mlp_ratio,
+                    layer_scale=layer_scale,
+                    drop_path=rate,
+                )
                 for rate in rates
             ]
             for dim, grid, rates in zip(dims, grids, drop_path_schedule(depths, drop_path_rate))
@@ -162,7 +180,7 @@ class GFNet(Hierarchical):
             ],
             stages=stages,
             output_norm=norm_factory(output_norm) if output_norm else None,
-            norm=norm_factory('layer'),
+            norm=make_norm,
             head='linear',
             in_chans=in_chans,
             num_classes=num_classes,
@@ -197,6 +215,7 @@ class PlainGFNet(Plain):
         num_heads: of attention.
         patch_size: pixels of a patch's side, and their stride.
         mlp_ratio: width of the MLPs over dim.
+        norm: normalisation throughout, by name.
         qkv_bias, token_mixer, window_size, global_blocks: of the blocks with attention, as in `DeiT`.
         pyramid_dim: channels of the dense form's maps for heads without a neck, see `Plain.assemble`.
         img_size: height and width that filters and positions are made for, 224 if None.
@@ -215,6 +234,7 @@ class PlainGFNet(Plain):
         num_heads: int = 4,
         patch_size: int = 16,
         mlp_ratio: float = 4.0,
+        norm: str = 'layer',
         qkv_bias: bool = True,
         token_mixer: str | Mapping[str, Any] = 'attention',
         window_size: int | None = None,
@@ -232,18 +252,21 @@ class PlainGFNet(Plain):
         check_plain(depth=depth, dim=dim, patch_size=patch_size)
         if filter_blocks is not None and filter_blocks < 0:
             raise ValueError(f'filter_blocks must not be negative, got {filter_blocks=}')
-        norm, grid = norm_factory('layer'), grid_of(img_size, patch_size)
+        make_norm, grid = norm_factory(norm), grid_of(img_size, patch_size)
         windows = block_windows(depth, window_size, global_blocks)
         blocks: list[nn.Module] = []
         for i, rate in enumerate(drop_path_schedule([depth], drop_path_rate)[0]):
             if filter_blocks is None or i < filter_blocks:
-                blocks.append(GFNetBlock(dim=dim, grid=grid, mlp_ratio=mlp_ratio, layer_scale=None, drop_path=rate))
+                block = GFNetBlock(
+                    dim=dim, grid=grid, norm=make_norm, mlp_ratio=mlp_ratio, layer_scale=None, drop_path=rate
+                )
+                blocks.append(block)
                 continue
             attention = build_token_mixer(
                 token_mixer, dim=dim, num_heads=num_heads, qkv_bias=qkv_bias, window_size=windows[i]
             )
             mlp = Mlp(dim=dim, ratio=mlp_ratio)
-            blocks.append(TokenBlock(dim=dim, norm=norm, attn=attention, mlp=mlp, drop_path=rate))
+            blocks.append(TokenBlock(dim=dim, norm=make_norm, attn=attention, mlp=mlp, drop_path=rate))
         self.assemble(
             dim=dim,
             stride=patch_size,
@@ -251,7 +274,7 @@ class PlainGFNet(Plain):
             position=PositionTable(dim, grid, method='bicubic'),
             prefix=(),
             blocks=blocks,
-            norm=norm,
+            norm=make_norm,
             pooling='avg',
             pyramid_dim=pyramid_dim,
             in_chans=in_chans,

@@ -138,6 +138,7 @@ class HorNet(Hierarchical):
         filters: whether 'gnconv' mixes by global-local filters, one for all stages or one per stage.
         gnconv_scale: factor of what 'gnconv' mixes.
         mlp_ratio: width of the MLPs over that of the stage.
+        norm: normalisation throughout, by name.
         layer_scale: start value of the branches' learnable scales; None leaves them out.
         dense: 'det' or 'seg', the authors' dense forms: filters made for images of `img_size`, or of 384 pixels.
         img_size: height and width that filters are made for, 224 if None; they are resampled for other sizes.
@@ -154,6 +155,7 @@ class HorNet(Hierarchical):
         filters: bool | Sequence[bool] = False,
         gnconv_scale: float = 1 / 3,
         mlp_ratio: float = 4.0,
+        norm: str = 'layer',
         layer_scale: float | None = 1e-6,
         dense: str = 'det',
         drop_path_rate: float = 0.0,
@@ -171,7 +173,7 @@ class HorNet(Hierarchical):
         if img_size is None:
             img_size = 384 if features_only and dense == 'seg' else 224
         height, width = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        norm = norm_factory('layer')
+        make_norm = norm_factory(norm)
         stages = []
         for dim, stride, spec, order, filtered, rates in zip(
             dims,
@@ -188,7 +190,7 @@ class HorNet(Hierarchical):
                 [
                     MetaFormerBlock(
                         dim=dim,
-                        norm=norm,
+                        norm=make_norm,
                         mixer=build_mixer(spec, dim=dim, grid=grid),
                         mlp=Mlp(dim=dim, ratio=mlp_ratio),
                         drop_path=rate,
@@ -200,15 +202,15 @@ class HorNet(Hierarchical):
         self.assemble(
             dims=dims,
             downsamplings=[
-                ConvDownsample(in_chans, dims[0], kernel=4, stride=4, padding=0, post_norm=norm, image=True),
+                ConvDownsample(in_chans, dims[0], kernel=4, stride=4, padding=0, post_norm=make_norm, image=True),
                 *(
-                    ConvDownsample(a, b, kernel=2, stride=2, padding=0, pre_norm=norm)
+                    ConvDownsample(a, b, kernel=2, stride=2, padding=0, pre_norm=make_norm)
                     for a, b in itertools.pairwise(dims)
                 ),
             ],
             stages=stages,
-            output_norm=norm,
-            norm=norm,
+            output_norm=make_norm,
+            norm=make_norm,
             head='linear',
             in_chans=in_chans,
             num_classes=num_classes,

@@ -50,6 +50,7 @@ class PixelTransformer(Plain):
         dim: int = 384,
         num_heads: int = 6,
         mlp_ratio: float = 4.0,
+        norm: str = 'layer',
         window_size: int | None = None,
         global_blocks: Sequence[int] | None = None,
         pyramid_dim: int | None = None,
@@ -63,7 +64,7 @@ class PixelTransformer(Plain):
     ):
         super().__init__()
         check_plain(depth=depth, dim=dim, patch_size=1)
-        norm = norm_factory('layer')
+        make_norm = norm_factory(norm)
         self.assemble(
             dim=dim,
             stride=1,
@@ -73,7 +74,7 @@ class PixelTransformer(Plain):
             blocks=[
                 TokenBlock(
                     dim=dim,
-                    norm=norm,
+                    norm=make_norm,
                     attn=TokenAttention(dim=dim, num_heads=num_heads, window_size=window),
                     mlp=Mlp(dim=dim, ratio=mlp_ratio),
                     drop_path=rate,
@@ -82,7 +83,7 @@ class PixelTransformer(Plain):
                     block_windows(depth, window_size, global_blocks), drop_path_schedule([depth], drop_path_rate)[0]
                 )
             ],
-            norm=norm,
+            norm=make_norm,
             pooling='avg',
             pyramid_dim=pyramid_dim,
             in_chans=in_chans,

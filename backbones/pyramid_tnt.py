@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..kernels.precision import full_precision
 from .layers import Mlp, drop_path_schedule, norm_factory
 from .layers.grid import ceil_div, pad_bottom_right, padded, to_first, to_last
+from .layers.norm import NormFactory
 from .layers.positions import PositionTable
 from .layers.resize import resize_matrix
 from .plain import Grid, grid_of
@@ -99,10 +100,11 @@ class ReducedAttention(nn.Module):
     Args:
         dim: channels.
         num_heads: divides dim.
+        norm: makes the norm of averages.
         sr_ratio: 1 attends to the positions themselves.
     """
 
-    def __init__(self, *, dim: int, num_heads: int, sr_ratio: int = 1):
+    def __init__(self, *, dim: int, num_heads: int, norm: NormFactory, sr_ratio: int = 1):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f'num_heads must divide dim, got {num_heads=}, {dim=}')
@@ -112,7 +114,7 @@ class ReducedAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         if sr_ratio > 1:
             self.linear = nn.Linear(dim, dim)
-            self.norm = norm_factory('layer_eps5')(dim)
+            self.norm = norm(dim)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(B, N, C) -> (B, N, C), or (B, H, W, C) likewise; reduction needs a map. `bias` is (1, h, N, N')."""
@@ -129,11 +131,10 @@ class InnerPart(nn.Module):
     """Words of each sentence attend to each other; norms are over all words of a sentence. Also gives what they add to
     their sentence."""
 
-    def __init__(self, *, dim: int, inner_dim: int, inner_heads: int, mlp_ratio: float):
+    def __init__(self, *, dim: int, inner_dim: int, inner_heads: int, norm: NormFactory, mlp_ratio: float):
         super().__init__()
-        norm = norm_factory('layer_eps5')
         self.inner_norm1 = norm(WORDS * inner_dim)
-        self.inner_attn = ReducedAttention(dim=inner_dim, num_heads=inner_heads)
+        self.inner_attn = ReducedAttention(dim=inner_dim, num_heads=inner_heads, norm=norm)
         self.inner_norm2 = norm(WORDS * inner_dim)
         self.inner_mlp = Mlp(dim=inner_dim, ratio=mlp_ratio)
         self.proj_norm1 = norm(WORDS * inner_dim)
@@ -157,6 +158,7 @@ class PyramidTNTBlock(nn.Module):
     Args:
         dim, num_heads, sr_ratio: of the sentences.
         inner_dim, inner_heads: of the words; None leaves the inner part out.
+        norm: makes the norms.
         mlp_ratio: width of both MLPs over their channels.
         drop_path: probability of dropping a branch while training.
     """
@@ -169,18 +171,18 @@ class PyramidTNTBlock(nn.Module):
         sr_ratio: int,
         inner_dim: int | None,
         inner_heads: int,
+        norm: NormFactory,
         mlp_ratio: float,
         drop_path: float,
     ):
         super().__init__()
-        norm = norm_factory('layer_eps5')
         self.inner = (
             None
             if inner_dim is None
-            else InnerPart(dim=dim, inner_dim=inner_dim, inner_heads=inner_heads, mlp_ratio=mlp_ratio)
+            else InnerPart(dim=dim, inner_dim=inner_dim, inner_heads=inner_heads, norm=norm, mlp_ratio=mlp_ratio)
         )
         self.outer_norm1 = norm(dim)
-        self.outer_attn = ReducedAttention(dim=dim, num_heads=num_heads, sr_ratio=sr_ratio)
+        self.outer_attn = ReducedAttention(dim=dim, num_heads=num_heads, norm=norm, sr_ratio=sr_ratio)
         self.outer_norm2 = norm(dim)
         self.outer_mlp = Mlp(dim=dim, ratio=mlp_ratio)
         self.drop_path = DropPath(drop_path)
@@ -236,9 +238,8 @@ class Merge(nn.Module):
     that an odd size lacks have words of zeros.
     """
 
-    def __init__(self, in_dim: int, dim: int, in_inner: int, inner_dim: int, *, pairs: PairTable):
+    def __init__(self, in_dim: int, dim: int, in_inner: int, inner_dim: int, *, norm: NormFactory, pairs: PairTable):
         super().__init__()
-        norm = norm_factory('layer_eps5')
         self.norm = norm(in_dim)
         self.conv = nn.Conv2d(in_dim, dim, 3, 2, 1)
         self.word_norm = norm(in_inner)
@@ -266,6 +267,7 @@ class PyramidTNT(FromStride8):
         num_heads, sr_ratios: attention heads, and side of the squares whose averages are keys and values.
         inner_dims, inner_heads: channels and heads of words.
         mlp_ratio: width of the MLPs over their channels.
+        norm: normalisation throughout, by name.
         img_size: height and width that positions and biases are made for, 256 if None.
         The others: see `Hierarchical.assemble`.
     """
@@ -292,6 +294,7 @@ class PyramidTNT(FromStride8):
         inner_dims: Sequence[int] = (8, 16, 32, 32),
         inner_heads: Sequence[int] = (2, 4, 8, 8),
         mlp_ratio: float = 4.0,
+        norm: str = 'layer_eps5',
         drop_path_rate: float = 0.0,
         drop_rate: float = 0.0,
         in_chans: int = 3,
@@ -304,14 +307,14 @@ class PyramidTNT(FromStride8):
         depths, dims = check_stages(depths, dims)
         num_heads, sr_ratios = per_stage('num_heads', num_heads), per_stage('sr_ratios', sr_ratios)
         inner_dims, inner_heads = per_stage('inner_dims', inner_dims), per_stage('inner_heads', inner_heads)
-        norm = norm_factory('layer_eps5')
+        make_norm = norm_factory(norm)
         grids = [grid_of(img_size, 8 * 2**s, 256) for s in range(4)]
         pairs = [PairTable(*part) for part in zip(num_heads, grids, sr_ratios)]
         downsamplings: list[nn.Module] = [Stem(in_chans, dims[0], inner_dims[0], grid=grids[0], pairs=pairs[0])]
         for (before, dim), (inner_before, inner_dim), table in zip(
             itertools.pairwise(dims), itertools.pairwise(inner_dims), pairs[1:]
         ):
-            downsamplings.append(Merge(before, dim, inner_before, inner_dim, pairs=table))
+            downsamplings.append(Merge(before, dim, inner_before, inner_dim, norm=make_norm, pairs=table))
         stages = [
             [
                 PyramidTNTBlock(
@@ -321,6 +324,7 @@ class PyramidTNT(FromStride8):
                     # words take part in the first block, in long stages in the second one too
                     inner_dim=inner_dims[s] if b == 0 or (b == 1 and depths[s] > 6) else None,
                     inner_heads=inner_heads[s],
+                    norm=make_norm,
                     mlp_ratio=mlp_ratio,
                     drop_path=rate,
                 )
@@ -332,7 +336,7 @@ class PyramidTNT(FromStride8):
             dims=dims,
             downsamplings=downsamplings,
             stages=stages,
-            norm=norm,
+            norm=make_norm,
             in_chans=in_chans,
             num_classes=num_classes,
             drop_rate=drop_rate,

@@ -30,6 +30,7 @@ from .layers import (
 )
 from .layers.grid import ceil_div, to_last
 from .layers.heads import NoHead
+from .layers.norm import NormFactory
 from .registry import register, weights
 from .sizes import Resampled
 from .skeleton import Hierarchical, check_stages, per_stage, rename
@@ -65,7 +66,7 @@ class Attention(nn.Module):
 class Stem(nn.Module):
     """A 7x7 convolution with stride 2, two 3x3 ones, each with BatchNorm and ReLU, then one with stride 2."""
 
-    def __init__(self, in_chans: int, hidden: int, dim: int):
+    def __init__(self, in_chans: int, hidden: int, dim: int, *, norm: NormFactory):
         super().__init__()
         self.conv = nn.Sequential()
         for kernel, stride, width in ((7, 2, in_chans), (3, 1, hidden), (3, 1, hidden)):
@@ -73,7 +74,7 @@ class Stem(nn.Module):
             self.conv.append(nn.BatchNorm2d(hidden))
             self.conv.append(nn.ReLU(inplace=True))
         self.proj = nn.Conv2d(hidden, dim, 3, 2, 1)
-        self.norm = norm_factory('layer_eps5')(dim)
+        self.norm = norm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(to_last(self.proj(self.conv(x))))
@@ -82,9 +83,8 @@ class Stem(nn.Module):
 class ClassBlock(nn.Module):
     """A class token, at first the mean of (B, N, C), that attends to itself and them; (B, 1 + N, C)."""
 
-    def __init__(self, *, dim: int, num_heads: int | None, mlp_ratio: float):
+    def __init__(self, *, dim: int, num_heads: int | None, norm: NormFactory, mlp_ratio: float):
         super().__init__()
-        norm = norm_factory('layer')
         self.norm1, self.norm2 = norm(dim), norm(dim)
         self.attn = Attention(dim=dim, num_heads=num_heads)
         self.mlp = Mlp(dim=dim, ratio=mlp_ratio)
@@ -130,6 +130,7 @@ class SpectFormer(Hierarchical):
         mixers: token mixer by name or dict(name=..., option=...), one for all stages or one per stage.
         num_heads: of attention, one number for all stages or one per stage; None for 32 channels each.
         mlp_ratios: width of the MLPs over that of the stage, one for all stages or one per stage.
+        norm, embedding_norm: normalisation of the blocks and after them, and after the embeddings, by name.
         stem_dim: channels inside the stem.
         token_label: a second classifier, of positions, that was trained by token labelling.
         img_size: height and width that filters are made for, 224 if None.
@@ -153,6 +154,8 @@ class SpectFormer(Hierarchical):
         ),
         num_heads: int | Sequence[int] | None = None,
         mlp_ratios: float | Sequence[float] = (8.0, 8.0, 4.0, 4.0),
+        norm: str = 'layer',
+        embedding_norm: str = 'layer_eps5',
         stem_dim: int = 32,
         token_label: bool = True,
         drop_path_rate: float = 0.0,
@@ -168,7 +171,7 @@ class SpectFormer(Hierarchical):
         size = img_size if img_size is not None else 224
         height, width = (size, size) if isinstance(size, int) else tuple(size)
         heads, ratios = per_stage('num_heads', num_heads), per_stage('mlp_ratios', mlp_ratios)
-        norm, embedding_norm = norm_factory('layer'), norm_factory('layer_eps5')
+        make_norm, make_embedding_norm = norm_factory(norm), norm_factory(embedding_norm)
         stages: list[list[nn.Module]] = []
         for s, (dim, stride, spec, rates) in enumerate(
             zip(dims, self.strides, per_stage('mixers', mixers), drop_path_schedule(depths, drop_path_rate))
@@ -180,7 +183,7 @@ class SpectFormer(Hierarchical):
                 [
                     MetaFormerBlock(
                         dim=dim,
-                        norm=norm,
+                        norm=make_norm,
                         mixer=build_mixer(spec, dim=dim, grid=grid),
                         mlp=ConvMlp(dim=dim, ratio=ratios[s]),
                         drop_path=rate,
@@ -189,19 +192,19 @@ class SpectFormer(Hierarchical):
                 ]
             )
             if s < 3:
-                stages[s].append(norm(dim))
+                stages[s].append(make_norm(dim))
         self.assemble(
             dims=dims,
             downsamplings=[
-                Stem(in_chans, stem_dim, dims[0]),
+                Stem(in_chans, stem_dim, dims[0], norm=make_embedding_norm),
                 *(
-                    ConvDownsample(a, b, kernel=3, stride=2, padding=1, post_norm=embedding_norm)
+                    ConvDownsample(a, b, kernel=3, stride=2, padding=1, post_norm=make_embedding_norm)
                     for a, b in itertools.pairwise(dims)
                 ),
             ],
             stages=stages,
             output_norm=None,
-            norm=norm,
+            norm=make_norm,
             head=lambda dim, num_classes, drop: TokenLabelHead(dim, num_classes, drop, token_label=token_label),
             in_chans=in_chans,
             num_classes=num_classes,
@@ -210,9 +213,9 @@ class SpectFormer(Hierarchical):
             out_indices=out_indices,
         )
         if not features_only:
-            self.class_block = ClassBlock(dim=dims[-1], num_heads=heads[-1], mlp_ratio=ratios[-1])
+            self.class_block = ClassBlock(dim=dims[-1], num_heads=heads[-1], norm=make_norm, mlp_ratio=ratios[-1])
         elif 3 in self.out_indices:
-            self.output_norms = nn.ModuleDict({'3': norm(dims[-1])})
+            self.output_norms = nn.ModuleDict({'3': make_norm(dims[-1])})
         else:
             self.absent_keys += ('output_norms.3.',)
         self.apply(self.init_weights)

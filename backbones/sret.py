@@ -22,6 +22,7 @@ from .layers import Mlp, drop_path_schedule, norm_factory
 from .layers.fold_norm import fold_into_previous
 from .layers.grid import ceil_div, to_first, to_last
 from .layers.lookup import choose
+from .layers.norm import NormFactory
 from .layers.positions import PositionTable
 from .plain import grid_of
 from .registry import register, weights
@@ -84,9 +85,8 @@ class SlicedAttention(nn.Module):
 class SReTBlock(nn.Module):
     """x = a x + b drop(attn(norm(x))), then the same with the MLP; a, b are learnable numbers. (B, N, C) both ways."""
 
-    def __init__(self, *, dim: int, num_heads: int, mlp_ratio: float, drop_path: float):
+    def __init__(self, *, dim: int, num_heads: int, norm: NormFactory, mlp_ratio: float, drop_path: float):
         super().__init__()
-        norm = norm_factory('layer')
         self.norm1 = norm(dim)
         self.attn = SlicedAttention(dim=dim, num_heads=num_heads)
         self.norm2 = norm(dim)
@@ -106,9 +106,9 @@ class SReTBlock(nn.Module):
 class NonLinearProjection(nn.Module):
     """x = a x + b mlp(norm(x)): what tells the runs of a shared block apart. (B, N, C) both ways."""
 
-    def __init__(self, *, dim: int, mlp_ratio: float):
+    def __init__(self, *, dim: int, norm: NormFactory, mlp_ratio: float):
         super().__init__()
-        self.norm1 = norm_factory('layer')(dim)
+        self.norm1 = norm(dim)
         self.mlp = Mlp(dim=dim, ratio=mlp_ratio)
         self.coefficient1 = nn.Parameter(torch.ones(1))
         self.coefficient2 = nn.Parameter(torch.ones(1))
@@ -133,14 +133,17 @@ class Recursion(nn.Module):
         num_heads: int,
         slices: Sequence[int],
         permute: str,
+        norm: NormFactory,
         mlp_ratio: float,
         projection_ratio: float,
         drop_path: float,
     ):
         super().__init__()
         self.slices, self.permute = tuple(slices), choose('permute', permute, PERMUTE)
-        self.block = SReTBlock(dim=dim, num_heads=num_heads, mlp_ratio=mlp_ratio, drop_path=drop_path)
-        self.projections = nn.ModuleList(NonLinearProjection(dim=dim, mlp_ratio=projection_ratio) for _ in slices)
+        self.block = SReTBlock(dim=dim, num_heads=num_heads, norm=norm, mlp_ratio=mlp_ratio, drop_path=drop_path)
+        self.projections = nn.ModuleList(
+            NonLinearProjection(dim=dim, norm=norm, mlp_ratio=projection_ratio) for _ in slices
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         grid = (x.shape[1], x.shape[2])
@@ -201,6 +204,7 @@ class SReT(FromStride8):
         permute: 'train', 'always' or 'never': when the second run slices a random order of the tokens. The authors'
             code does so always.
         mlp_ratio, projection_ratio: width of the MLPs of blocks and of projections over their channels.
+        norm: normalisation throughout, by name.
         img_size: height and width that positions are made for, 224 if None.
         The others: see `Hierarchical.assemble`.
     """
@@ -224,6 +228,7 @@ class SReT(FromStride8):
         permute: str = 'train',
         mlp_ratio: float = 4.0,
         projection_ratio: float = 1.0,
+        norm: str = 'layer',
         drop_path_rate: float = 0.0,
         drop_rate: float = 0.0,
         in_chans: int = 3,
@@ -234,6 +239,7 @@ class SReT(FromStride8):
     ):
         super().__init__()
         depths, dims = check_stages(depths, dims, 3)
+        make_norm = norm_factory(norm)
         slices = [per_stage(*named, 3) for named in (('first_slices', first_slices), ('second_slices', second_slices))]
         stages = [
             [
@@ -242,6 +248,7 @@ class SReT(FromStride8):
                     num_heads=heads,
                     slices=runs,
                     permute=permute,
+                    norm=make_norm,
                     mlp_ratio=mlp_ratio,
                     projection_ratio=projection_ratio,
                     drop_path=rate,
@@ -259,7 +266,7 @@ class SReT(FromStride8):
                 *(DepthwiseDownsample(before, dim) for before, dim in itertools.pairwise(dims)),
             ],
             stages=stages,
-            norm=norm_factory('layer'),
+            norm=make_norm,
             in_chans=in_chans,
             num_classes=num_classes,
             drop_rate=drop_rate,

@@ -20,6 +20,7 @@ from .backbone import rename
 from .layers import Mlp, TokenBlock, build_token_mixer, drop_path_schedule, norm_factory
 from .layers.grid import pad_bottom_right, to_last
 from .layers.lookup import choose
+from .layers.norm import NormFactory
 from .layers.positions import PositionTable
 from .plain import Plain, block_windows, check_plain, grid_of
 from .registry import register, weights
@@ -42,12 +43,12 @@ class TokenPerformer(nn.Module):
         in_dim: C.
         dim: channels after it.
         features: m.
+        norm: makes the norms.
         dropout: after the projection and the MLP.
     """
 
-    def __init__(self, *, in_dim: int, dim: int, features: int | None = None, dropout: float = 0.0):
+    def __init__(self, *, in_dim: int, dim: int, norm: NormFactory, features: int | None = None, dropout: float = 0.0):
         super().__init__()
-        norm = norm_factory('layer_eps5')
         features = dim // 2 if features is None else features
         self.norm1 = norm(in_dim)
         self.kqv = nn.Linear(in_dim, 3 * dim)
@@ -82,9 +83,8 @@ class TokenTransformer(nn.Module):
     Products are scaled by C ** -0.5, of the input's channels rather than the head's. Arguments: see `TokenPerformer`.
     """
 
-    def __init__(self, *, in_dim: int, dim: int, dropout: float = 0.0):
+    def __init__(self, *, in_dim: int, dim: int, norm: NormFactory, dropout: float = 0.0):
         super().__init__()
-        norm = norm_factory('layer_eps5')
         self.scale = in_dim**-0.5
         self.norm1 = norm(in_dim)
         self.qkv = nn.Linear(in_dim, 3 * dim, bias=False)
@@ -111,15 +111,18 @@ class TokensToToken(nn.Module):
         dim: channels of the tokens.
         token_dim: channels between the splits.
         tokens: 'performer' or 'transformer'.
+        norm: makes their norms.
         dropout: within them.
     """
 
-    def __init__(self, *, in_channels: int, dim: int, token_dim: int, tokens: str, dropout: float = 0.0):
+    def __init__(
+        self, *, in_channels: int, dim: int, token_dim: int, tokens: str, norm: NormFactory, dropout: float = 0.0
+    ):
         super().__init__()
         make = choose('tokens', tokens, TOKEN_MODULES)
         self.in_channels = in_channels
-        self.attention1 = make(in_dim=in_channels * 7 * 7, dim=token_dim, dropout=dropout)
-        self.attention2 = make(in_dim=token_dim * 3 * 3, dim=token_dim, dropout=dropout)
+        self.attention1 = make(in_dim=in_channels * 7 * 7, dim=token_dim, norm=norm, dropout=dropout)
+        self.attention2 = make(in_dim=token_dim * 3 * 3, dim=token_dim, norm=norm, dropout=dropout)
         self.project = nn.Linear(token_dim * 3 * 3, dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,6 +148,7 @@ class T2TViT(Plain):
         depth, dim: blocks and channels.
         num_heads: attention heads.
         mlp_ratio: width of the MLPs over dim.
+        norm: normalisation throughout, by name.
         tokens: 'performer' or 'transformer', the attention between soft splits; the latter takes time and memory that
             grow with the square of H W / 16.
         token_dim: channels between soft splits.
@@ -166,6 +170,7 @@ class T2TViT(Plain):
         dim: int = 384,
         num_heads: int = 6,
         mlp_ratio: float = 3.0,
+        norm: str = 'layer_eps5',
         tokens: str = 'performer',
         token_dim: int = 64,
         token_drop_rate: float = 0.0,
@@ -183,11 +188,11 @@ class T2TViT(Plain):
     ):
         super().__init__()
         check_plain(depth=depth, dim=dim, patch_size=16)
-        norm = norm_factory('layer_eps5')
+        make_norm = norm_factory(norm)
         blocks = [
             TokenBlock(
                 dim=dim,
-                norm=norm,
+                norm=make_norm,
                 attn=build_token_mixer(
                     token_mixer, dim=dim, num_heads=num_heads, prefix=1, qkv_bias=False, window_size=window
                 ),
@@ -204,12 +209,17 @@ class T2TViT(Plain):
             dim=dim,
             stride=16,
             patch_embed=TokensToToken(
-                in_channels=in_chans, dim=dim, token_dim=token_dim, tokens=tokens, dropout=token_drop_rate
+                in_channels=in_chans,
+                dim=dim,
+                token_dim=token_dim,
+                tokens=tokens,
+                norm=make_norm,
+                dropout=token_drop_rate,
             ),
             position=position,
             prefix=('cls_token',),
             blocks=blocks,
-            norm=norm,
+            norm=make_norm,
             pooling='token',
             pyramid_dim=pyramid_dim,
             in_chans=in_chans,

@@ -17,9 +17,10 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from ..kernels import window_attention
-from .layers import LayerNorm, Mlp, drop_path_schedule, mixer
+from .layers import LayerNorm, Mlp, drop_path_schedule, mixer, norm_factory
 from .layers.conv import ConvNorm
 from .layers.grid import to_first, to_last
+from .layers.norm import NormFactory
 from .registry import register, weights
 from .skeleton import Hierarchical, check_stages, per_stage, rename
 
@@ -34,19 +35,22 @@ def absolute_offsets(window: int) -> Tensor:
 
 @mixer('offset_window')
 class OffsetWindowAttention(nn.Module):
-    """LayerNorm, then attention in windows with a bias per head and distance in rows and columns.
+    """Norm, then attention in windows with a bias per head and distance in rows and columns.
 
-    Windows that leave the map are filled up with what the norm makes of zeros, and attend to it: the authors pad before
-    they normalise. Maps (B, H, W, C) of any size.
+    Windows that leave the map are filled up with what a LayerNorm makes of zeros, and attend to it: the authors pad
+    before they normalise. Under other norms what lies outside is masked. Maps (B, H, W, C) of any size.
 
     Args:
         num_heads: divides dim; dim // 32 (at least one) if None.
         window_size: side of the windows.
+        norm: normalisation by name, or what makes it.
     """
 
     attention_bias_idxs: Tensor
 
-    def __init__(self, *, dim: int, num_heads: int | None = None, window_size: int = 7):
+    def __init__(
+        self, *, dim: int, num_heads: int | None = None, window_size: int = 7, norm: str | NormFactory = 'layer_eps5'
+    ):
         super().__init__()
         self.num_heads = max(dim // 32, 1) if num_heads is None else num_heads
         if self.num_heads < 1 or dim % self.num_heads:
@@ -54,7 +58,7 @@ class OffsetWindowAttention(nn.Module):
         if window_size < 1:
             raise ValueError(f'window_size must be at least 1, got {window_size=}')
         self.window_size = window_size
-        self.norm = LayerNorm(dim, eps=1e-5)
+        self.norm = norm_factory(norm)(dim) if isinstance(norm, str) else norm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.attention_biases = nn.Parameter(torch.zeros(self.num_heads, window_size**2))
@@ -67,7 +71,7 @@ class OffsetWindowAttention(nn.Module):
             self.window_size,
             heads=self.num_heads,
             bias=self.attention_biases[:, self.attention_bias_idxs],
-            outside=F.linear(self.norm.bias, weight, bias),
+            outside=F.linear(self.norm.bias, weight, bias) if isinstance(self.norm, LayerNorm) else None,
         )
         return self.proj(out)
 
@@ -77,11 +81,11 @@ class OffsetWindowAttention(nn.Module):
 
 
 class NormMlp(Mlp):
-    """LayerNorm, then the channel MLP."""
+    """Norm, then the channel MLP."""
 
-    def __init__(self, *, dim: int, ratio: float):
+    def __init__(self, *, dim: int, ratio: float, norm: NormFactory):
         super().__init__(dim=dim, ratio=ratio, act='gelu')
-        self.norm = LayerNorm(dim, eps=1e-5)
+        self.norm = norm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(self.norm(x))
@@ -90,11 +94,13 @@ class NormMlp(Mlp):
 class TinyViTBlock(nn.Module):
     """Attention and MLP, each with its residual, and between them a 3x3 depthwise convolution without one."""
 
-    def __init__(self, *, dim: int, num_heads: int, window_size: int, mlp_ratio: float, drop_path: float):
+    def __init__(
+        self, *, dim: int, num_heads: int, window_size: int, norm: NormFactory, mlp_ratio: float, drop_path: float
+    ):
         super().__init__()
-        self.attn = OffsetWindowAttention(dim=dim, num_heads=num_heads, window_size=window_size)
+        self.attn = OffsetWindowAttention(dim=dim, num_heads=num_heads, window_size=window_size, norm=norm)
         self.local_conv = ConvNorm(dim, dim, kernel=3, groups=dim)
-        self.mlp = NormMlp(dim=dim, ratio=mlp_ratio)
+        self.mlp = NormMlp(dim=dim, ratio=mlp_ratio, norm=norm)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -152,6 +158,7 @@ class TinyViT(Hierarchical):
         num_heads: heads, one number for all stages or one per stage; the first stage has no attention.
         window_size: side of the windows, one for all stages or one per stage; the first stage has none.
         mlp_ratio: width of the MLPs over that of the stage.
+        norm: normalisation of attention, MLPs and the head, by name; convolutions have BatchNorm.
         conv_ratio: the same of the first stage's convolutions.
         img_size: not needed, taken for the sake of a common interface.
         The others: see `Hierarchical.assemble`.
@@ -172,6 +179,7 @@ class TinyViT(Hierarchical):
         num_heads: int | Sequence[int] = (2, 4, 5, 10),
         window_size: int | Sequence[int] = (7, 7, 14, 7),
         mlp_ratio: float = 4.0,
+        norm: str = 'layer_eps5',
         conv_ratio: float = 4.0,
         drop_path_rate: float = 0.0,
         drop_rate: float = 0.0,
@@ -183,11 +191,15 @@ class TinyViT(Hierarchical):
     ):
         super().__init__()
         depths, dims = check_stages(depths, dims)
+        make_norm = norm_factory(norm)
         heads, windows = per_stage('num_heads', num_heads), per_stage('window_size', window_size)
         first, *others = drop_path_schedule(depths, drop_path_rate)
         stages: list[list[nn.Module]] = [[MBConv(dim=dims[0], ratio=conv_ratio, drop_path=rate) for rate in first]]
         stages += [
-            [TinyViTBlock(dim=dim, num_heads=h, window_size=w, mlp_ratio=mlp_ratio, drop_path=rate) for rate in rates]
+            [
+                TinyViTBlock(dim=dim, num_heads=h, window_size=w, norm=make_norm, mlp_ratio=mlp_ratio, drop_path=rate)
+                for rate in rates
+            ]
             for dim, h, w, rates in zip(dims[1:], heads[1:], windows[1:], others)
         ]
         self.assemble(
@@ -195,7 +207,7 @@ class TinyViT(Hierarchical):
             downsamplings=[Stem(in_chans, dims[0]), *(PatchMerging(a, b) for a, b in itertools.pairwise(dims))],
             stages=stages,
             output_norm=None,
-            norm=lambda dim: LayerNorm(dim, eps=1e-5),
+            norm=make_norm,
             head='linear',
             in_chans=in_chans,
             num_classes=num_classes,

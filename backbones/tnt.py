@@ -21,6 +21,7 @@ from ..kernels import window_attention
 from .backbone import rename
 from .layers import Mlp, drop_path_schedule, norm_factory
 from .layers.grid import pad_bottom_right
+from .layers.norm import NormFactory
 from .layers.positions import PositionTable
 from .plain import Grid, Plain, block_windows, check_plain, grid_of
 from .registry import Weights, register, weights
@@ -62,11 +63,9 @@ class SplitAttention(nn.Module):
 class Gate(nn.Module):
     """x + x * g, with g from -1 to 1 per channel from the mean of the tokens; squeeze and excitation."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, *, norm: NormFactory):
         super().__init__()
-        self.fc = nn.Sequential(
-            norm_factory('layer_eps5')(dim), nn.Linear(dim, dim // 4), nn.ReLU(), nn.Linear(dim // 4, dim), nn.Tanh()
-        )
+        self.fc = nn.Sequential(norm(dim), nn.Linear(dim, dim // 4), nn.ReLU(), nn.Linear(dim // 4, dim), nn.Tanh())
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.addcmul(x, x, self.fc(x.mean(1, keepdim=True)))
@@ -79,6 +78,7 @@ class TNTBlock(nn.Module):
         dim, num_heads: of the patches.
         inner_dim, inner_heads: of the words.
         words: M.
+        norm: makes the norms.
         mlp_ratio: width of both MLPs over their channels.
         se: gate the outer MLP's output.
         drop_path: probability of dropping a branch while training.
@@ -93,13 +93,13 @@ class TNTBlock(nn.Module):
         inner_dim: int,
         inner_heads: int,
         words: int,
+        norm: NormFactory,
         mlp_ratio: float = 4.0,
         se: bool = False,
         drop_path: float = 0.0,
         window_size: int | None = None,
     ):
         super().__init__()
-        norm = norm_factory('layer_eps5')
         self.inner_norm1 = norm(inner_dim)
         self.inner_attn = SplitAttention(dim=inner_dim, num_heads=inner_heads)
         self.inner_norm2 = norm(inner_dim)
@@ -111,7 +111,7 @@ class TNTBlock(nn.Module):
         self.outer_attn = SplitAttention(dim=dim, num_heads=num_heads, window_size=window_size)
         self.outer_norm2 = norm(dim)
         self.outer_mlp = Mlp(dim=dim, ratio=mlp_ratio)
-        self.se_layer = Gate(dim) if se else None
+        self.se_layer = Gate(dim, norm=norm) if se else None
         self.drop_path = DropPath(drop_path)
 
     def forward(self, patches: Tensor, words: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -154,6 +154,7 @@ class TNT(Plain):
         inner_dim, inner_heads: channels and heads of words.
         patch_size: pixels of a patch's side, and their stride; a multiple of 4.
         mlp_ratio: width of the MLPs over their channels.
+        norm: normalisation throughout, by name.
         se: gate the outer MLPs' output by squeeze and excitation.
         window_size: side of the windows that patches attend within, for large images in dense form; None for none.
         global_blocks: blocks without windows, four evenly spaced ones if None.
@@ -175,6 +176,7 @@ class TNT(Plain):
         inner_heads: int = 4,
         patch_size: int = 16,
         mlp_ratio: float = 4.0,
+        norm: str = 'layer_eps5',
         se: bool = False,
         window_size: int | None = None,
         global_blocks: Sequence[int] | None = None,
@@ -192,7 +194,7 @@ class TNT(Plain):
         if patch_size % WORD_STRIDE:
             raise ValueError(f'patch_size must be a multiple of {WORD_STRIDE}, got {patch_size=}')
         words = (patch_size // WORD_STRIDE) ** 2
-        norm = norm_factory('layer_eps5')
+        make_norm = norm_factory(norm)
         position = PositionTable(dim, grid_of(img_size, patch_size), prefix=1, method='bicubic')
         blocks = [
             TNTBlock(
@@ -201,6 +203,7 @@ class TNT(Plain):
                 inner_dim=inner_dim,
                 inner_heads=inner_heads,
                 words=words,
+                norm=make_norm,
                 mlp_ratio=mlp_ratio,
                 se=se,
                 drop_path=rate,
@@ -219,7 +222,7 @@ class TNT(Plain):
             position=position,
             prefix=('cls_token',),
             blocks=blocks,
-            norm=norm,
+            norm=make_norm,
             pooling='token',
             pyramid_dim=pyramid_dim,
             in_chans=in_chans,
@@ -228,9 +231,9 @@ class TNT(Plain):
             features_only=features_only,
             out_indices=out_indices,
         )
-        self.proj_norm1 = norm(words * inner_dim)
+        self.proj_norm1 = make_norm(words * inner_dim)
         self.proj = nn.Linear(words * inner_dim, dim)
-        self.proj_norm2 = norm(dim)
+        self.proj_norm2 = make_norm(dim)
         self.apply(self.init_weights)
         self.init_prefix()
         nn.init.trunc_normal_(self.inner_pos, std=0.02)

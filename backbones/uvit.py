@@ -87,6 +87,7 @@ class UViT(Plain):
         num_heads: attention heads.
         patch_size: pixels of a patch's side, and their stride.
         mlp_ratio: width of the MLPs over dim.
+        norm: normalisation throughout, by name.
         window_parts: for each block, the number of windows along each side of the map; None attends to all tokens.
         pyramid_dim: channels of the dense form's maps for heads without a neck, see `Plain.assemble`.
         img_size: height and width that positions are made for, 224 if None.
@@ -111,6 +112,7 @@ class UViT(Plain):
         num_heads: int = 6,
         patch_size: int = 16,
         mlp_ratio: float = 4.0,
+        norm: str = 'layer',
         window_parts: Sequence[int] | None = None,
         pyramid_dim: int | None = None,
         drop_path_rate: float = 0.0,
@@ -126,7 +128,7 @@ class UViT(Plain):
         parts = (1,) * depth if window_parts is None else tuple(window_parts)
         if len(parts) != depth:
             raise ValueError(f'window_parts must be {depth} numbers, one per block, got {len(parts)}')
-        norm = norm_factory('layer')
+        make_norm = norm_factory(norm)
         self.assemble(
             dim=dim,
             stride=patch_size,
@@ -136,14 +138,14 @@ class UViT(Plain):
             blocks=[
                 TokenBlock(
                     dim=dim,
-                    norm=norm,
+                    norm=make_norm,
                     attn=PartAttention(dim=dim, num_heads=num_heads, parts=n),
                     mlp=Mlp(dim=dim, ratio=mlp_ratio),
                     drop_path=rate,
                 )
                 for n, rate in zip(parts, drop_path_schedule([depth], drop_path_rate)[0])
             ],
-            norm=norm,
+            norm=make_norm,
             pooling='avg',
             pyramid_dim=pyramid_dim,
             in_chans=in_chans,

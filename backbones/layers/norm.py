@@ -36,10 +36,13 @@ class JointNorm(nn.Module):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Over B, H and W of each channel of (B, H, W, C): nn.BatchNorm2d on the channels_last view."""
+    """Over all positions of each channel of (..., C), maps or tokens: nn.BatchNorm2d on the channels_last view."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        shape = x.shape
+        if x.ndim != 4:
+            x = x.reshape(-1, 1, 1, shape[-1])
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).reshape(shape)
 
 
 NORMS: dict[str, NormFactory] = {
