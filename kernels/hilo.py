@@ -8,7 +8,8 @@ With the heads' own queries q, keys k and values v:
 Windows are w x w positions without overlap; the pooled map has one position for each. Layout: qkv (B, H, W, 3 Ch),
 channels ordered (q | k | v, head, d); query (B, H, W, Cl), channels (head, d); key_value (B, ceil(H / w), ceil(W / w),
 2 Cl), channels (k | v, head, d). Any H, W >= 1: the map is padded below and to the right up to whole windows.
-Source: Fast Vision Transformers with HiLo Attention, arXiv 2205.13213.
+`kernels/BENCHMARKS.md` says why the pooled keys are made outside. Source: Fast Vision Transformers with HiLo Attention,
+arXiv 2205.13213.
 """
 
 import torch

@@ -48,8 +48,9 @@ def parser() -> argparse.ArgumentParser:
     kernels.add_argument('--sizes', type=int, nargs='+', metavar='SIDE', help='of images (default: 224 512 1024)')
     kernels.add_argument('--model', choices=('tiny', 'base'), help="whose stages' widths (default: tiny)")
     kernels.add_argument(
-        '--operations', nargs='+', choices=('window', 'sparse', 'blocks', 'neighborhood', 'pool', 'match')
+        '--operations', nargs='+', choices=('window', 'hilo', 'sparse', 'blocks', 'neighborhood', 'pool', 'match')
     )
+    kernels.add_argument('--flash-window', metavar='DIR', help='a checkout of zzd1992/FlashWindowAttention')
     kernels.add_argument('--repeats', type=int, default=10)
     kernels.add_argument('--train', action='store_true', help='time forward and backward too')
     hilo = what.add_parser('hilo', help='HiLo attention against spatial-reduction and window attention, one core')

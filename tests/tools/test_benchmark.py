@@ -99,3 +99,17 @@ def test_peers_train_the_same_head_on_another_backbone(capsys, tmp_path, task):
     line = capsys.readouterr().out.strip().splitlines()[-1]
     assert line.startswith(f'| {task} |') and 'mobilenet_v3_small' in line
     assert (tmp_path / f'{task}_peer' / 'metrics.json').is_file()
+
+
+def test_flash_window_attention_is_a_peer_out_of_a_checkout(tmp_path):
+    with pytest.raises(FileNotFoundError, match='flash_window must be a checkout that holds flash_swin_attn'):
+        kernels.run(operations=['window'], flash_window=str(tmp_path))
+    package = tmp_path / 'flash_swin_attn'
+    package.mkdir()
+    package.joinpath('__init__.py').write_text(
+        'import torch\n\n\ndef flash_swin_attn_func(q, k, v, bias, scale):\n'
+        '    return torch.softmax(scale * q @ k.mT + bias, -1) @ v\n'
+    )
+    rows = kernels.run(operations=['window'], sizes=(56,), batch=1, repeats=1, flash_window=str(tmp_path))
+    names = [row.name for row in rows if row.peer_name == 'Flash Window Attention']
+    assert names == ['window, no shift, 1x14x14x96 forward', 'window, no shift, 1x7x7x192 forward']

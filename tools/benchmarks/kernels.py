@@ -7,15 +7,19 @@ an add); and
 the share of the measured copy bandwidth that the bytes in our time amount to.
 
 Peers: roll + partition + scaled_dot_product_attention with bias and mask; the same windows through compiled
-FlexAttention (on a GPU); dense windows and dense attention for the sparse operations; NATTEN where it is installed;
-timm-like modules for pooling and matching.
+FlexAttention (on a GPU); the public Triton kernels of Flash Window Attention, for windows that are not shifted, out of
+a checkout of https://github.com/zzd1992/FlashWindowAttention; HiLo's branches as two calls of attention; dense windows
+and dense attention for the sparse operations; NATTEN where it is installed; timm-like modules for pooling and matching.
 """
 
 import importlib
 import importlib.util
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +29,7 @@ from torch import Tensor
 from densezoo.kernels import (
     block_sparse_attention,
     build_windows,
+    hilo_attention,
     match_tokens,
     neighborhood_attention,
     pool_mixer,
@@ -38,7 +43,7 @@ from .timing import Comparison, compare
 STAGES = ((4, 1), (8, 2), (16, 4), (32, 8))  # stride, channels over those of stage 1
 WIDTHS = {'tiny': 96, 'base': 128}
 WINDOW, SHIFT, HEAD = 7, 3, 32
-OPERATIONS = ('window', 'sparse', 'blocks', 'neighborhood', 'pool', 'match')
+OPERATIONS = ('window', 'hilo', 'sparse', 'blocks', 'neighborhood', 'pool', 'match')
 Call = Callable[..., Tensor]
 
 
@@ -66,15 +71,23 @@ def run(
     operations: Sequence[str] = OPERATIONS,
     repeats: int = 10,
     train: bool = False,
+    flash_window: str | None = None,
 ) -> list[Comparison]:
-    """A row for each case and peer, forward, and with `train` forward and backward too."""
+    """A row for each case and peer, forward, and with `train` forward and backward too.
+
+    Raises:
+        FileNotFoundError: `flash_window` holds no checkout of Flash Window Attention.
+    """
     torch.manual_seed(0)
+    cases = dict(CASES)
+    if flash_window is not None:
+        cases['window'] = partial(window_cases, flash=flash_windows(flash_window))
     cuda = device.startswith('cuda')
     bandwidth = copy_bandwidth(device)
     card = torch.cuda.get_device_name(device) if cuda else 'CPU'
     rows = []
     for operation in operations:
-        for case in CASES[operation](device, getattr(torch, dtype), batch, sizes, WIDTHS[model]):
+        for case in cases[operation](device, getattr(torch, dtype), batch, sizes, WIDTHS[model]):
             for name, peer in case.peers.items():
                 if case.same:
                     check(case, name, peer)
@@ -165,12 +178,30 @@ def merged(x: Tensor, window: int, shift: int, sizes: tuple[int, ...]) -> Tensor
     return x[:, :H, :W].contiguous()
 
 
-def rolled(qkv: Tensor, bias: Tensor) -> Tensor:
+def rolled(qkv: Tensor, bias: Tensor, shift: int = SHIFT) -> Tensor:
     """Shifted windows as libraries compute them."""
     heads = bias.shape[0]
-    (q, k, v), seen, sizes = partitioned(qkv, heads, WINDOW, SHIFT)
+    (q, k, v), seen, sizes = partitioned(qkv, heads, WINDOW, shift)
     mask = bias.to(qkv.dtype).masked_fill(~seen, float('-inf')).repeat(sizes[0], 1, 1, 1)
-    return merged(F.scaled_dot_product_attention(q, k, v, mask), WINDOW, SHIFT, sizes)
+    return merged(F.scaled_dot_product_attention(q, k, v, mask), WINDOW, shift, sizes)
+
+
+def flash_windows(folder: str) -> Call:
+    """Windows without shift, cut out and put back around the public kernel."""
+    if not (Path(folder) / 'flash_swin_attn').is_dir():
+        raise FileNotFoundError(f'flash_window must be a checkout that holds flash_swin_attn, got {folder}')
+    sys.path.insert(0, str(folder))
+    try:
+        attention = importlib.import_module('flash_swin_attn').flash_swin_attn_func
+    finally:
+        sys.path.remove(str(folder))
+
+    def call(qkv: Tensor, bias: Tensor) -> Tensor:
+        (q, k, v), _, sizes = partitioned(qkv, bias.shape[0], WINDOW, 0)
+        out = attention(q.contiguous(), k.contiguous(), v.contiguous(), bias.to(qkv.dtype), q.shape[-1] ** -0.5)
+        return merged(out, WINDOW, 0, sizes)
+
+    return call
 
 
 def flex() -> Call:
@@ -191,7 +222,9 @@ def flex() -> Call:
     return call
 
 
-def window_cases(device: str, dtype: Any, batch: int, sizes: Sequence[int], width: int) -> Iterator[Case]:
+def window_cases(
+    device: str, dtype: Any, batch: int, sizes: Sequence[int], width: int, flash: Call | None = None
+) -> Iterator[Case]:
     peers: dict[str, Call] = {'roll, partition, SDPA': rolled}
     if device.startswith('cuda'):
         peers['compiled FlexAttention'] = flex()
@@ -200,11 +233,42 @@ def window_cases(device: str, dtype: Any, batch: int, sizes: Sequence[int], widt
         qkv = torch.randn(B, side, side, 3 * C, device=device, dtype=dtype)
         bias = torch.randn(heads, N, N, device=device)
 
-        def ours(qkv: Tensor, bias: Tensor) -> Tensor:
-            return window_attention(qkv, WINDOW, SHIFT, heads=bias.shape[0], bias=bias)
+        def ours(qkv: Tensor, bias: Tensor, shift: int = SHIFT) -> Tensor:
+            return window_attention(qkv, WINDOW, shift, heads=bias.shape[0], bias=bias)
 
         floor = qkv.nbytes * 4 // 3 + bias.nbytes
-        yield Case(f'window {B}x{side}x{side}x{C}', ours, peers, (qkv, bias), floor, 4 * B * side * side * N * C)
+        case = Case(f'window {B}x{side}x{side}x{C}', ours, peers, (qkv, bias), floor, 4 * B * side * side * N * C)
+        yield case
+        if flash is not None and side % WINDOW == 0:  # it masks neither shifted windows nor padded positions
+            unshifted = f'window, no shift, {B}x{side}x{side}x{C}'
+            yield replace(case, name=unshifted, ours=partial(ours, shift=0), peers={'Flash Window Attention': flash})
+
+
+def hilo_cases(device: str, dtype: Any, batch: int, sizes: Sequence[int], width: int) -> Iterator[Case]:
+    window = 2
+    for B, side, C in maps(batch, sizes, width):
+        heads = C // HEAD
+        high = max(heads // 10, 1)
+        counts, P = (high, heads - high), (side + 1) // 2
+        qkv = torch.randn(B, side, side, 3 * high * HEAD, device=device, dtype=dtype)
+        query = torch.randn(B, side, side, counts[1] * HEAD, device=device, dtype=dtype)
+        pooled = torch.randn(B, P, P, 2 * counts[1] * HEAD, device=device, dtype=dtype)
+
+        def ours(qkv: Tensor, query: Tensor, pooled: Tensor, counts: tuple[int, int] = counts) -> Tensor:
+            return torch.cat(hilo_attention(qkv, query, pooled, window, heads=counts), -1)
+
+        def calls(qkv: Tensor, query: Tensor, pooled: Tensor, counts: tuple[int, int] = counts) -> Tensor:
+            (q, k, v), seen, cut = partitioned(qkv, counts[0], window, 0)
+            out = F.scaled_dot_product_attention(q, k, v, seen.repeat(cut[0], 1, 1, 1))
+            key, value = pooled.flatten(1, 2).unflatten(2, (2, counts[1], -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            low = query.flatten(1, 2).unflatten(2, (counts[1], -1)).transpose(1, 2)
+            low = F.scaled_dot_product_attention(low, key, value).transpose(1, 2).reshape(query.shape)
+            return torch.cat((merged(out, window, 0, cut), low), -1)
+
+        operations = 4 * B * side * side * (window**2 * qkv.shape[3] // 3 + P * P * query.shape[3])
+        floor = qkv.nbytes * 4 // 3 + 2 * query.nbytes + pooled.nbytes
+        tensors, peers = (qkv, query, pooled), {'partition, two SDPA': calls}
+        yield Case(f'hilo {B}x{side}x{side}x{C}', ours, peers, tensors, floor, operations)
 
 
 def sparse_cases(device: str, dtype: Any, batch: int, sizes: Sequence[int], width: int) -> Iterator[Case]:
@@ -314,6 +378,7 @@ def match_cases(device: str, dtype: Any, batch: int, sizes: Sequence[int], width
 
 CASES: dict[str, Callable[..., Iterator[Case]]] = {
     'window': window_cases,
+    'hilo': hilo_cases,
     'sparse': sparse_cases,
     'blocks': block_cases,
     'neighborhood': neighborhood_cases,
