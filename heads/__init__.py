@@ -11,19 +11,23 @@ from .detr import DETR
 from .efficientvit_seg import EfficientViTSeg
 from .fcos import FCOS
 from .fpn import FPN
+from .hybrid_encoder import HybridEncoder
 from .maskrcnn import MaskRCNN
 from .pyramid import FeatureInfo, PyramidInfo
 from .restoration import UNetRestorer
 from .retinanet import RetinaNet
+from .rtdetr import RTDETR
 from .semantic_fpn import SemanticFPN
 
 __all__ = [
     'DETR',
     'FCOS',
     'FPN',
+    'RTDETR',
     'DeformableDETR',
     'EfficientViTSeg',
     'FeatureInfo',
+    'HybridEncoder',
     'LinearClassifier',
     'MaskRCNN',
     'OwnClassifier',

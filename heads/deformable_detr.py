@@ -169,7 +169,7 @@ class DeformableDETR(SetDetector):
         device = maps[0].device
         counts = [valid_cells(sizes, stride, shape, device) for stride, shape in zip(strides, shapes)]
         if any(count is not None for count in counts):  # then all levels of all pictures are counted
-            batch = len(maps[0])
+            batch = maps[0].shape[0]
             counts = [
                 torch.tensor([shape] * batch, device=device) if count is None else count
                 for count, shape in zip(counts, shapes)
@@ -197,7 +197,7 @@ class DeformableDETR(SetDetector):
         sides = [torch.full((h * w, 2), 0.05 * 2.0**i, device=memory.ratios.device)
                  for i, (h, w) in enumerate(memory.shapes)]  # fmt: skip
         centre = _centres(memory.shapes, memory.ratios)
-        boxes = torch.cat([centre, torch.cat(sides).expand(len(centre), -1, -1)], -1)
+        boxes = torch.cat([centre, torch.cat(sides).expand(centre.shape[0], -1, -1)], -1)
         usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1, keepdim=True)
         if memory.padding is not None:
             usable = usable & ~memory.padding[..., None]
@@ -207,7 +207,7 @@ class DeformableDETR(SetDetector):
 
     def _start(self, memory: Memory) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """Queries (B, Q, C), their places (B or 1, Q, C), references (B, Q, 2 or 4), and proposals of two stages."""
-        batch = len(memory.cells)
+        batch = memory.cells.shape[0]
         if not self.two_stages:
             place, query = self.query_embed.weight.chunk(2, 1)
             reference = self.reference_points(place).sigmoid()
@@ -215,9 +215,8 @@ class DeformableDETR(SetDetector):
         logits, boxes = self.proposals(memory)
         count = min(self.num_queries, boxes.shape[1])
         chosen = det.pick(boxes, logits[..., 0].topk(count, 1).indices).detach().sigmoid()
-        place, query = (
-            self.pos_trans_norm(self.pos_trans(waves(chosen * (2 * math.pi), self.channels // 2).flatten(2)))
-        ).chunk(2, 2)
+        place = waves(chosen * (2 * math.pi), self.channels // 2).flatten(2).to(memory.cells.dtype)
+        place, query = self.pos_trans_norm(self.pos_trans(place)).chunk(2, 2)
         return query, place, chosen, (logits, boxes.sigmoid())
 
     def _run(

@@ -123,7 +123,7 @@ class DETR(SetDetector):
         if self.encoder.norm is not None:
             memory = self.encoder.norm(memory)
         place = self.query_embed.weight.to(memory.dtype)[None]
-        query = torch.zeros_like(place).expand(len(memory), -1, -1)
+        query = torch.zeros_like(place).expand(memory.shape[0], -1, -1)
         norm = self.decoder.norm
         assert norm is not None
         states = []

@@ -162,18 +162,16 @@ def gather_objects(
     targets: Sequence[Mapping[str, Any]], frames: Sequence[Size], num_classes: int, device: torch.device
 ) -> Objects:
     """Padded boxes and labels of a batch. Boxes without area are left out: nothing could overlap them."""
-    with_area = []
-    for target in targets:
-        boxes = target['boxes']
-        if boxes.ndim == 2 and boxes.shape[-1] == 4 and target['labels'].shape == boxes.shape[:1]:
-            large = (boxes[:, 2:] > boxes[:, :2]).all(1)
-            target = {'boxes': boxes[large], 'labels': target['labels'][large.to(target['labels'].device)]}
-        with_area.append(target)
-    truth = det.gather_targets(with_area, num_classes, device)
+    truth = det.gather_targets(targets, num_classes, device)
+    boxes, labels, counts = truth.real, truth.labels[:-1], truth.counts
+    large = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    if not large.all():
+        boxes, labels = boxes[large], labels[large]
+        counts = [int(picture.sum()) for picture in large.cpu().split(counts)]
     scale = torch.tensor([[w, h, w, h] for h, w in frames], device=device, dtype=torch.float32)
-    boxes = det.spread(truth.real, truth.counts, 0.0) / scale[:, None]
-    labels = det.spread(truth.labels[:-1, None], truth.counts, 0)[..., 0]
-    return Objects(box_convert(boxes, 'xyxy', 'cxcywh'), labels, truth.counts, mean_total(sum(truth.counts), device))
+    boxes = det.spread(boxes, counts, 0.0) / scale[:, None]
+    labels = det.spread(labels[:, None], counts, 0)[..., 0]
+    return Objects(box_convert(boxes, 'xyxy', 'cxcywh'), labels, counts, mean_total(sum(counts), device))
 
 
 def mean_total(count: int, device: torch.device) -> Tensor:
