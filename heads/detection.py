@@ -178,20 +178,16 @@ def select_candidates(
     return torch.div(index, classes, rounding_mode='floor'), index % classes, flat[index]
 
 
-def top_candidates(
-    scores: Tensor, offsets: Tensor, anchors: Tensor, levels: Sequence[int], topk: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def top_candidates(scores: Tensor, levels: Sequence[int], topk: int) -> tuple[Tensor, Tensor, Tensor]:
     """The best candidates of every picture, as many for each: what decoding keeps of it in an exported graph.
 
     Args:
         scores: (B, N, K).
-        offsets: (B, N, 4).
-        anchors: (N, 4).
         levels: anchors of each level.
         topk: candidates of each level.
 
     Returns:
-        offsets (B, M, 4), anchors (B, M, 4), scores (B, M), labels (B, M); per level best first.
+        anchor (B, M), score (B, M), label (B, M); per level best first.
     """
     classes, kept, values, start = scores.shape[2], [], [], 0
     for length in levels:
@@ -201,9 +197,7 @@ def top_candidates(
         kept.append(index + start * classes)
         start += length
     index = torch.cat(kept, 1)
-    anchor = torch.div(index, classes, rounding_mode='floor')
-    chosen = pick(anchors.expand(scores.shape[0], -1, -1), anchor)
-    return pick(offsets, anchor), chosen, torch.cat(values, 1), index % classes
+    return torch.div(index, classes, rounding_mode='floor'), torch.cat(values, 1), index % classes
 
 
 def best_equal(

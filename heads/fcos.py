@@ -16,21 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxLinearCoder
 from torchvision.models.detection.fcos import FCOSHead
-from torchvision.ops import (
-    clip_boxes_to_image,
-    complete_box_iou_loss,
-    distance_box_iou_loss,
-    generalized_box_iou_loss,
-    sigmoid_focal_loss,
-)
+from torchvision.ops import sigmoid_focal_loss
 
 from . import detection as det
-from .pyramid import FeatureInfo, PyramidInfo, Size, check_sizes, choose, norm_layer, positive
+from .one_stage import IOU_LOSSES, Candidates, OneStage
+from .pyramid import FeatureInfo, choose, norm_layer, positive
 
-_IOU_LOSSES = {'giou': generalized_box_iou_loss, 'diou': distance_box_iou_loss, 'ciou': complete_box_iou_loss}
 
-
-class FCOS(nn.Module):
+class FCOS(OneStage):
     """Anchor-free one-stage detector on maps of one width (an FPN's).
 
     Args:
@@ -75,17 +68,20 @@ class FCOS(nn.Module):
         detections: int = 100,
         min_size: float = 0.0,
     ):
-        super().__init__()
-        self.inputs = PyramidInfo.of(feature_info)
-        self.num_classes = positive('num_classes', num_classes)
-        det.check_thresholds(score_threshold=score_threshold, nms_threshold=nms_threshold)
+        super().__init__(
+            feature_info=feature_info,
+            num_classes=num_classes,
+            score_threshold=score_threshold,
+            nms_threshold=nms_threshold,
+            topk=topk,
+            detections=detections,
+            min_size=min_size,
+        )
         if center_radius is not None and center_radius <= 0:
             raise ValueError(f'center_radius must be positive or None, got {center_radius}')
         self.center_radius = center_radius
-        self.box_loss, self.box_weight = choose('box_loss', box_loss, tuple(_IOU_LOSSES)), box_weight
+        self.box_loss, self.box_weight = choose('box_loss', box_loss, tuple(IOU_LOSSES)), box_weight
         self.focal_alpha, self.focal_gamma = focal_alpha, focal_gamma
-        self.score_threshold, self.nms_threshold = score_threshold, nms_threshold
-        self.topk, self.detections, self.min_size = positive('topk', topk), positive('detections', detections), min_size
 
         strides = self.inputs.reduction()
         if size_ranges is None:
@@ -133,7 +129,7 @@ class FCOS(nn.Module):
         wanted[picture, point, truth.labels[row]] = 1
         loss_cls = sigmoid_focal_loss(logits, wanted, self.focal_alpha, self.focal_gamma, reduction='sum')
         boxes = self.box_coder.decode(distances[picture, point], points[point])
-        loss_box = _IOU_LOSSES[self.box_loss](boxes, truth.boxes[row], reduction='sum')
+        loss_box = IOU_LOSSES[self.box_loss](boxes, truth.boxes[row], reduction='sum')
         sides = self.box_coder.encode(points[point], truth.boxes[row])
         loss_centerness = F.binary_cross_entropy_with_logits(
             centerness[picture, point, 0], centre_weight(sides), reduction='sum'
@@ -163,45 +159,12 @@ class FCOS(nn.Module):
         smallest, index = det.spread(torch.where(allowed, area, math.inf), truth.counts, math.inf).min(1)
         return torch.where(smallest < math.inf, index, det.BACKGROUND)
 
-    def decode(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Candidates before NMS, of fixed number M, for exported graphs: boxes (B, M, 4) xyxy in pixels of the padded
-        batch, clipped to it, scores (B, M), labels (B, M) int64. M is at most topk per level, best first in each."""
+    def candidates(self, features: Sequence[Tensor]) -> Candidates:
         logits, distances, centerness = (x.float() for x in self(features))
-        scores = torch.sqrt(logits.sigmoid() * centerness.sigmoid())
-        levels = self.anchors.on(features)
-        distances, points, scores, labels = det.top_candidates(
-            scores, distances, torch.cat(levels), det.level_sizes(levels), self.topk
-        )
-        boxes = self.box_coder.decode(distances.flatten(0, 1), points.flatten(0, 1)).view(distances.shape)
-        return clip_boxes_to_image(boxes, self.inputs.padded_size(features)), scores, labels
+        return Candidates(torch.sqrt(logits.sigmoid() * centerness.sigmoid()), None, distances)
 
-    def predict(
-        self, features: Sequence[Tensor], sizes: Sequence[Size], original_sizes: Sequence[Size] | None = None
-    ) -> list[dict[str, Tensor]]:
-        """One {'boxes' (n, 4) xyxy, 'scores' (n,), 'labels' (n,)} per picture, best first, inside its valid size."""
-        logits, distances, centerness = (x.float() for x in self(features))
-        check_sizes(sizes, len(logits), self.inputs.padded_size(features), original_sizes)
-        levels = self.anchors.on(features)
-        points, lengths = torch.cat(levels), det.level_sizes(levels)
-        scores = torch.sqrt(logits.sigmoid() * centerness.sigmoid())
-        results = []
-        for i, size in enumerate(sizes):
-            valid = scores[i] * det.centres_inside(points, size)[:, None]
-            point, label, score = det.select_candidates(valid, lengths, self.score_threshold, self.topk)
-            boxes = self.box_coder.decode(distances[i, point], points[point])
-            results.append(
-                det.finish(
-                    boxes,
-                    score,
-                    label,
-                    size,
-                    original_sizes[i] if original_sizes else None,
-                    nms=self.nms_threshold,
-                    limit=self.detections,
-                    min_size=self.min_size,
-                )
-            )
-        return results
+    def boxes_of(self, offsets: Tensor, anchors: Tensor) -> Tensor:
+        return self.box_coder.decode(offsets, anchors)
 
 
 def centre_weight(sides: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from densezoo.backbones import create_model
 from densezoo.backbones.layers import MIXERS
 from densezoo.deploy import OnnxModel, build_engine, export_onnx, match_boxes
 from densezoo.deploy.onnx import count_operators
-from densezoo.heads import DETR, FPN, RTDETR, DeformableDETR, EfficientViTSeg, HybridEncoder, RetinaNet
+from densezoo.heads import ATSS, DETR, FPN, GFL, RTDETR, DeformableDETR, EfficientViTSeg, HybridEncoder, RetinaNet
 from densezoo.tools.exports import COLUMNS, Trial, build, families, row
 from densezoo.train import Detector, Segmentor
 from densezoo.train.deployable import Deployable, metadata
@@ -57,9 +57,9 @@ def test_batch_and_size_in_one_profile(name, tmp_path):
     assert trial.engine_of_any_size().startswith('yes')
 
 
-def retinanet(backbone=tasks.PYRAMID):
+def one_stage(kind, backbone=tasks.PYRAMID):
     return Detector(backbone=backbone, neck={'type': FPN, 'out_channels': 16}, preprocess=tasks.PIXELS,
-                    head={'type': RetinaNet, 'num_classes': 3, 'num_convs': 1})  # fmt: skip
+                    head={'type': kind, 'num_classes': 3, 'num_convs': 1})  # fmt: skip
 
 
 def efficientvit_seg(backbone=tasks.PYRAMID):
@@ -88,7 +88,9 @@ def rtdetr(backbone=tasks.PYRAMID):
 HEADS = {
     'LinearClassifier': tasks.classifier,
     'OwnClassifier': tasks.own_classifier,
-    'RetinaNet': retinanet,
+    'RetinaNet': partial(one_stage, RetinaNet),
+    'ATSS': partial(one_stage, ATSS),
+    'GFL': partial(one_stage, GFL),
     'FCOS': tasks.detector,
     'DETR': detr,
     'DeformableDETR': deformable_detr,
@@ -133,7 +135,7 @@ def head_deploys(make, folder):
 
 
 ELSEWHERE = ('MaskRCNN',)  # test_deployable builds that engine
-SLOW = ('DETR', 'DeformableDETR')
+SLOW = ('ATSS', 'GFL', 'DETR', 'DeformableDETR')
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ import torch
 from torch.export import Dim, export
 
 from densezoo.heads import (
+    ATSS,
     DETR,
     FCOS,
     FPN,
+    GFL,
     RTDETR,
     DeformableDETR,
     HybridEncoder,
@@ -67,6 +69,10 @@ DETECTORS = {
         exact_strides=True,
         score_threshold=0.0,
         **kw,
+    ),
+    'atss': lambda info, **kw: ATSS(feature_info=info, num_classes=5, num_convs=1, **{'score_threshold': 0.0, **kw}),
+    'gfl': lambda info, **kw: GFL(
+        feature_info=info, num_classes=5, num_convs=1, channels=8, **{'score_threshold': 0.0, **kw}
     ),
     'detr': lambda info, **kw: DETR(feature_info=info, num_classes=5, encoder_layers=1, **{**SMALL_SET, **kw}),
     'deformable_detr': lambda info, **kw: DeformableDETR(
@@ -205,13 +211,13 @@ def test_any_pyramid(name, strides, channels):
     assert len(results) == 3 and results[0]['boxes'].shape[1] == 4
 
 
-EXPORTED = ['retinanet', 'fcos', 'mask_rcnn', 'rtdetr']
-EXPORTED_SLOWLY = ['detr', 'deformable_detr', 'deformable_detr_two_stages']
+EXPORTED = ['retinanet', 'fcos', 'gfl', 'mask_rcnn', 'rtdetr']
+EXPORTED_SLOWLY = ['atss', 'detr', 'deformable_detr', 'deformable_detr_two_stages']
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', EXPORTED_SLOWLY)
-def test_the_other_set_predictors_export(name):
+def test_the_other_detectors_export(name):
     test_exported_equals_eager(build(name), maps(INFO))
 
 

@@ -5,7 +5,7 @@ import probe
 import pytest
 import torch
 
-from densezoo.heads import FCOS, FPN, MaskRCNN, PyramidInfo, RetinaNet, SemanticFPN, fpn
+from densezoo.heads import ATSS, FCOS, FPN, GFL, MaskRCNN, PyramidInfo, RetinaNet, SemanticFPN, atss, fpn
 
 FPN_INPUTS = PyramidInfo([64, 128, 320, 512], [4, 8, 16, 32])
 SIZE = (256, 320)
@@ -191,6 +191,54 @@ def test_fcos():
         targets_of(cases['loss']),
         {'loss_cls': 'classification', 'loss_box': 'bbox_regression', 'loss_centerness': 'bbox_ctrness'},
     )
+
+
+@pytest.mark.parametrize(
+    ('kind', 'name', 'outputs', 'terms'),
+    [
+        pytest.param(
+            ATSS,
+            'mmdet_atss_head',
+            [('cls', 10), ('reg', 4), ('ctr', 1)],
+            {'loss_cls': 'loss_cls', 'loss_box': 'loss_bbox', 'loss_centerness': 'loss_centerness'},
+            id='atss',
+        ),
+        pytest.param(
+            GFL,
+            'mmdet_gfl_head',
+            [('cls', 10), ('reg', 68)],
+            {'loss_cls': 'loss_cls', 'loss_box': 'loss_bbox', 'loss_distribution': 'loss_dfl'},
+            id='gfl',
+        ),
+    ],
+)
+def test_square_anchors(kind, name, outputs, terms):
+    golden, cases = load(name)
+    config = golden['config']
+    info = PyramidInfo([config['channels']] * 5, config['strides'])
+    head = kind(feature_info=info, num_classes=10, nms_threshold=0.5, min_size=-1)
+    head.load_state_dict(atss.convert(probe.golden_state(golden)))
+    case = cases['heads']
+    with torch.no_grad():
+        features = maps(case)
+        for ours, (key, width) in zip(head.eval()(features), outputs, strict=True):
+            start = 0
+            for level, x in enumerate(features):
+                stop = start + x.shape[-2] * x.shape[-1]
+                grid = ours[:, start:stop].transpose(1, 2).unflatten(2, x.shape[-2:])
+                assert grid.shape[1] == width
+                probe.compare(grid, case['outputs'][f'{key}{level}'])
+                start = stop
+        compare_detections(head.predict(features, [SIZE] * 2), cases['detections']['outputs'])
+    # Theirs are lists of levels, and gradients are of their sum.
+    recorded = {**cases['loss'], 'outputs': {}}
+    for key, value in cases['loss']['outputs'].items():
+        if key.startswith('grad_'):
+            (key,) = atss.convert({key[5:]: None})
+            recorded['outputs'][f'grad_{key}'] = value
+        else:
+            recorded['outputs'][key] = sum(value)
+    compare_losses(head, recorded, targets_of(recorded), terms)
 
 
 @pytest.fixture(scope='module')
