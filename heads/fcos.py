@@ -8,6 +8,7 @@ the whole batch at once.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from torchvision.models.detection.fcos import FCOSHead
 from torchvision.ops import sigmoid_focal_loss
 
 from . import detection as det
-from .one_stage import IOU_LOSSES, Candidates, OneStage
+from .one_stage import IOU_LOSSES, Candidates, OneStage, Scale, by_location
 from .pyramid import FeatureInfo, choose, norm_layer, positive
 
 
@@ -38,10 +39,14 @@ class FCOS(OneStage):
         point_offset, exact_strides: placement of the points, see detection.PyramidAnchors.
         box_loss: 'giou' (torchvision), 'diou' or 'ciou'.
         box_weight: factor of the box loss.
+        scales: a learnable factor of each level's distances (a trick of the second paper, as the two that follow).
+        weigh_boxes: each point's box loss counts by its centreness.
+        product: the score is class score * centreness, and class scores alone choose candidates (the papers);
+            torchvision takes the root of the product for both.
         focal_alpha, focal_gamma: of the focal loss.
         prior: initial score of every class.
-        score_threshold, nms_threshold, topk, detections: decoding: sqrt(class score * centreness) above, NMS at this
-            IoU, candidates per level before it, results per picture.
+        score_threshold, nms_threshold, topk, detections: decoding: scores above, NMS at this IoU, candidates per level
+            before it, results per picture.
         min_size: boxes with a side of at most so many pixels are dropped; negative keeps all.
     """
 
@@ -59,6 +64,9 @@ class FCOS(OneStage):
         exact_strides: bool = False,
         box_loss: str = 'giou',
         box_weight: float = 1.0,
+        scales: bool = False,
+        weigh_boxes: bool = False,
+        product: bool = False,
         focal_alpha: float = 0.25,
         focal_gamma: float = 2.0,
         prior: float = 0.01,
@@ -106,13 +114,22 @@ class FCOS(OneStage):
         for part in (self.head.classification_head, self.head.regression_head):
             part.conv = _tower(width, channels, num_convs, norm)
         nn.init.constant_(self.head.classification_head.cls_logits.bias, -math.log((1 - prior) / prior))
+        self.scales = nn.ModuleList(Scale() for _ in strides) if scales else None
+        self.weigh_boxes, self.product = weigh_boxes, product
         self.box_coder = BoxLinearCoder(normalize_by_size=True)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """List of maps -> class logits (B, N, K), distances in strides (B, N, 4) >= 0, centreness logits (B, N, 1)."""
         self.inputs.check(features)
-        out = self.head(list(features))
-        return out['cls_logits'], out['bbox_regression'], out['bbox_ctrness']
+        logits, distances, centerness = [], [], []
+        classes, boxes = self.head.classification_head, self.head.regression_head
+        for i, x in enumerate(features):
+            logits.append(classes.cls_logits(classes.conv(x)))
+            x = boxes.conv(x)
+            distance = boxes.bbox_reg(x)
+            distances.append(F.relu(distance if self.scales is None else self.scales[i](distance)))
+            centerness.append(boxes.bbox_ctrness(x))
+        return by_location(logits, self.num_classes), by_location(distances, 4), by_location(centerness, 1)
 
     def loss(self, features: Sequence[Tensor], targets: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """{'loss_cls', 'loss_box', 'loss_centerness'}: sums over the batch, divided by its positive points."""
@@ -129,14 +146,13 @@ class FCOS(OneStage):
         wanted[picture, point, truth.labels[row]] = 1
         loss_cls = sigmoid_focal_loss(logits, wanted, self.focal_alpha, self.focal_gamma, reduction='sum')
         boxes = self.box_coder.decode(distances[picture, point], points[point])
-        loss_box = IOU_LOSSES[self.box_loss](boxes, truth.boxes[row], reduction='sum')
-        sides = self.box_coder.encode(points[point], truth.boxes[row])
-        loss_centerness = F.binary_cross_entropy_with_logits(
-            centerness[picture, point, 0], centre_weight(sides), reduction='sum'
-        )
+        each = IOU_LOSSES[self.box_loss](boxes, truth.boxes[row], reduction='none')
+        weight = centre_weight(self.box_coder.encode(points[point], truth.boxes[row]))
+        loss_box = (each * weight).sum() / weight.sum().clamp(min=1e-6) if self.weigh_boxes else each.sum() / count
+        loss_centerness = F.binary_cross_entropy_with_logits(centerness[picture, point, 0], weight, reduction='sum')
         return {
             'loss_cls': loss_cls / count,
-            'loss_box': self.box_weight * loss_box / count,
+            'loss_box': self.box_weight * loss_box,
             'loss_centerness': loss_centerness / count,
         }
 
@@ -161,7 +177,10 @@ class FCOS(OneStage):
 
     def candidates(self, features: Sequence[Tensor]) -> Candidates:
         logits, distances, centerness = (x.float() for x in self(features))
-        return Candidates(torch.sqrt(logits.sigmoid() * centerness.sigmoid()), None, distances)
+        scores, centerness = logits.sigmoid(), centerness.sigmoid()
+        if self.product:
+            return Candidates(scores, centerness[..., 0], distances)
+        return Candidates(torch.sqrt(scores * centerness), None, distances)
 
     def boxes_of(self, offsets: Tensor, anchors: Tensor) -> Tensor:
         return self.box_coder.decode(offsets, anchors)
@@ -185,3 +204,27 @@ def _tower(in_channels: int, channels: int, num_convs: int, norm: str) -> nn.Seq
         nn.init.constant_(conv.get_parameter('bias'), 0)
         layers += [conv, layer(channels) if layer else nn.Identity(), nn.ReLU()]
     return nn.Sequential(*layers)
+
+
+_RENAMES = (
+    (r'^bbox_head\.', ''),
+    (r'^(cls|reg)_convs\.', r'conv_\1.conv.'),
+    (r'^conv_cls\.(?!conv\.)', 'conv_cls.cls_logits.'),
+    (r'^conv_reg\.(?!conv\.)', 'conv_reg.bbox_reg.'),
+    (r'^conv_centerness\.', 'conv_reg.bbox_ctrness.'),
+    (r'^conv_cls\.', 'head.classification_head.'),
+    (r'^conv_reg\.', 'head.regression_head.'),
+)
+
+
+def convert(state: dict[str, Any]) -> dict[str, Any]:
+    """The head's entries under the names of MMDetection's FCOSHead (conv_bias=True), renamed to torchvision's."""
+    renamed = {}
+    for key, value in state.items():
+        for pattern, replacement in _RENAMES:
+            key = re.sub(pattern, replacement, key)
+        # torchvision's towers are flat: convolution, norm, ReLU.
+        key = re.sub(r'\.conv\.(\d+)\.conv\.', lambda match: f'.conv.{3 * int(match[1])}.', key)
+        key = re.sub(r'\.conv\.(\d+)\.gn\.', lambda match: f'.conv.{3 * int(match[1]) + 1}.', key)
+        renamed[key] = value
+    return renamed
