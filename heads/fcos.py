@@ -3,7 +3,7 @@ torchvision's FCOSHead: centre sampling, distances normalised by the stride, GIo
 
 Keys are those of torchvision's FCOS (head.classification_head..., head.regression_head...).
 Differs from torchvision: labels are 0..K-1; boxes that clipping leaves empty are dropped (min_size=-1 keeps them); a
-distance that lies exactly on the border of two levels belongs to the finer one (there to none); points are matched for
+distance that lies exactly on the border of two levels belongs to both (there to none); points are matched for
 the whole batch at once.
 """
 
@@ -34,8 +34,8 @@ class FCOS(OneStage):
         num_convs: convolutions of each tower.
         norm: 'group' (published) or 'none' in the towers.
         center_radius: points within so many strides of a box's centre are positive; None: all points inside the box.
-        size_ranges: per level, (low, high]: the largest distance to a side, in pixels, that the level is responsible
-            for; default (4, 8] strides, from 0 on the first and to infinity on the last level.
+        size_ranges: per level, [low, high]: the largest distance to a side, in pixels, that the level is responsible
+            for; default 4 to 8 strides, from 0 on the first and to infinity on the last level.
         point_offset, exact_strides: placement of the points, see detection.PyramidAnchors.
         box_loss: 'giou' (torchvision), 'diou' or 'ciou'.
         box_weight: factor of the box loss.
@@ -167,7 +167,7 @@ class FCOS(OneStage):
             .unbind(1)
         )
         farthest = sides.amax(2)
-        allowed = (sides.amin(2) > 0) & (farthest > low) & (farthest <= high)
+        allowed = (sides.amin(2) > 0) & (farthest >= low) & (farthest <= high)
         if self.center_radius is not None:
             off = (centre - (boxes[..., :2] + boxes[..., 2:]) / 2).abs().amax(2)
             allowed &= off < self.center_radius * size

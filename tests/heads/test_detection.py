@@ -169,7 +169,7 @@ def test_perfect_fcos(options):
 
 def test_fcos_takes_the_smaller_of_two_boxes_and_the_level_of_its_size():
     head = FCOS(feature_info=INFO, num_classes=5)
-    boxes = torch.tensor([[0.0, 0, 96, 96], [32, 32, 64, 64]])
+    boxes = torch.tensor([[1.0, 1, 95, 95], [32, 32, 64, 64]])
     levels = head.anchors.on(maps(batch=1))
     points = torch.cat(levels)
     for order in ([0, 1], [1, 0]):
