@@ -6,6 +6,7 @@ tensors), `loss(features, targets)` (a dict of scalars; keys that start with `lo
 """
 
 from .atss import ATSS
+from .cascade import CascadeRCNN
 from .classification import LinearClassifier, OwnClassifier
 from .deformable_detr import DeformableDETR
 from .detr import DETR
@@ -28,6 +29,7 @@ __all__ = [
     'FPN',
     'GFL',
     'RTDETR',
+    'CascadeRCNN',
     'DeformableDETR',
     'EfficientViTSeg',
     'FeatureInfo',

@@ -17,7 +17,18 @@ from densezoo.backbones import create_model
 from densezoo.backbones.layers import MIXERS
 from densezoo.deploy import OnnxModel, build_engine, export_onnx, match_boxes
 from densezoo.deploy.onnx import count_operators
-from densezoo.heads import ATSS, DETR, FPN, GFL, RTDETR, DeformableDETR, EfficientViTSeg, HybridEncoder, RetinaNet
+from densezoo.heads import (
+    ATSS,
+    DETR,
+    FPN,
+    GFL,
+    RTDETR,
+    CascadeRCNN,
+    DeformableDETR,
+    EfficientViTSeg,
+    HybridEncoder,
+    RetinaNet,
+)
 from densezoo.tools.exports import COLUMNS, Trial, build, families, row
 from densezoo.train import Detector, Segmentor
 from densezoo.train.deployable import Deployable, metadata
@@ -95,6 +106,7 @@ HEADS = {
     'DETR': detr,
     'DeformableDETR': deformable_detr,
     'RTDETR': rtdetr,
+    'CascadeRCNN': partial(tasks.two_stages, kind=CascadeRCNN),
     'MaskRCNN': partial(tasks.two_stages, masks=True),
     'SemanticFPN': tasks.segmentor,
     'EfficientViTSeg': efficientvit_seg,
@@ -135,7 +147,7 @@ def head_deploys(make, folder):
 
 
 ELSEWHERE = ('MaskRCNN',)  # test_deployable builds that engine
-SLOW = ('ATSS', 'GFL', 'DETR', 'DeformableDETR')
+SLOW = ('ATSS', 'CascadeRCNN', 'GFL', 'DETR', 'DeformableDETR')
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from densezoo.heads import (
     FPN,
     GFL,
     RTDETR,
+    CascadeRCNN,
     DeformableDETR,
     HybridEncoder,
     LinearClassifier,
@@ -94,6 +95,7 @@ DETECTORS = {
         feature_info=info, num_classes=5, eval_layers=1, **{**SMALL_SET, 'num_denoising': 10, **kw}
     ),
     'mask_rcnn': lambda info, **kw: MaskRCNN(feature_info=info, num_classes=5, **{**SMALL_RCNN, **kw}),
+    'cascade_mask_rcnn': lambda info, **kw: CascadeRCNN(feature_info=info, num_classes=5, **{**SMALL_RCNN, **kw}),
     'faster_rcnn': lambda info, **kw: MaskRCNN(feature_info=info, num_classes=5, masks=False, **{**SMALL_RCNN, **kw}),
 }
 INFO = PyramidInfo([16, 16, 16], [8, 16, 32])
@@ -215,7 +217,7 @@ def test_any_pyramid(name, strides, channels):
 
 
 EXPORTED = ['retinanet', 'fcos', 'gfl', 'mask_rcnn', 'rtdetr']
-EXPORTED_SLOWLY = ['atss', 'detr', 'deformable_detr', 'deformable_detr_two_stages']
+EXPORTED_SLOWLY = ['atss', 'cascade_mask_rcnn', 'detr', 'deformable_detr', 'deformable_detr_two_stages']
 
 
 @pytest.mark.slow
