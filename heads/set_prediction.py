@@ -174,6 +174,18 @@ def gather_objects(
     return Objects(box_convert(boxes, 'xyxy', 'cxcywh'), labels, counts, mean_total(sum(counts), device))
 
 
+def repeated(truth: Objects, times: int) -> Objects:
+    """Every object `times` times: column j of a picture with n objects is its object j modulo n."""
+    counts = torch.tensor(truth.counts, device=truth.labels.device).clamp(min=1)[:, None]
+    index = torch.arange(truth.labels.shape[1] * times, device=counts.device) % counts
+    return Objects(
+        det.pick(truth.boxes, index),
+        truth.labels.gather(1, index),
+        [count * times for count in truth.counts],
+        truth.total * times,
+    )
+
+
 def mean_total(count: int, device: torch.device) -> Tensor:
     """Objects per rank (at least 1), the mean over all ranks: gradients are averaged over them too."""
     total = torch.tensor(float(count), device=device)
