@@ -21,7 +21,7 @@ from .denoising import denoising_queries
 from .detr import Stack, check_width
 from .hybrid_encoder import ConvNorm
 from .pyramid import FeatureInfo, Size, positive
-from .set_prediction import SetDetector, by_layer, inverse_sigmoid
+from .set_prediction import SetDetector, by_layer, inverse_sigmoid, repeated
 from .transformer import MLP, DeformableDecoderLayer
 
 # B batch, N cells of all levels, Q queries, C width, L layers
