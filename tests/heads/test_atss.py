@@ -3,7 +3,7 @@ that follows the paper line by line; GFL's distributions with distances known be
 
 import pytest
 import torch
-from test_contract import INFO, SIZE, maps, target
+from small_detectors import INFO, SIZE, maps, target
 from torchvision.ops import box_iou
 
 from densezoo.heads import ATSS, GFL, detection

@@ -3,7 +3,7 @@ that a data set does contain: no objects, objects of one pixel, more objects tha
 
 import pytest
 import torch
-from test_contract import INFO, SIZE, backward, build, maps, target
+from small_detectors import INFO, SIZE, backward, build, maps, target
 from torchvision.ops import box_convert, generalized_box_iou
 
 from densezoo.deploy import fuse_for_deploy
