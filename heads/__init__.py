@@ -5,21 +5,35 @@ tensors), `loss(features, targets)` (a dict of scalars; keys that start with `lo
 `predict(features, sizes, original_sizes)` (one dict per picture).
 """
 
+from .atss import ATSS
+from .cascade import CascadeRCNN
 from .classification import LinearClassifier, OwnClassifier
+from .deformable_detr import DeformableDETR
+from .detr import DETR
 from .efficientvit_seg import EfficientViTSeg
 from .fcos import FCOS
 from .fpn import FPN
+from .gfl import GFL
+from .hybrid_encoder import HybridEncoder
 from .maskrcnn import MaskRCNN
 from .pyramid import FeatureInfo, PyramidInfo
 from .restoration import UNetRestorer
 from .retinanet import RetinaNet
+from .rtdetr import RTDETR
 from .semantic_fpn import SemanticFPN
 
 __all__ = [
+    'ATSS',
+    'DETR',
     'FCOS',
     'FPN',
+    'GFL',
+    'RTDETR',
+    'CascadeRCNN',
+    'DeformableDETR',
     'EfficientViTSeg',
     'FeatureInfo',
+    'HybridEncoder',
     'LinearClassifier',
     'MaskRCNN',
     'OwnClassifier',

@@ -3,11 +3,12 @@ torchvision's FCOSHead: centre sampling, distances normalised by the stride, GIo
 
 Keys are those of torchvision's FCOS (head.classification_head..., head.regression_head...).
 Differs from torchvision: labels are 0..K-1; boxes that clipping leaves empty are dropped (min_size=-1 keeps them); a
-distance that lies exactly on the border of two levels belongs to the finer one (there to none); points are matched for
+distance that lies exactly on the border of two levels belongs to both (there to none); points are matched for
 the whole batch at once.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,21 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxLinearCoder
 from torchvision.models.detection.fcos import FCOSHead
-from torchvision.ops import (
-    clip_boxes_to_image,
-    complete_box_iou_loss,
-    distance_box_iou_loss,
-    generalized_box_iou_loss,
-    sigmoid_focal_loss,
-)
+from torchvision.ops import sigmoid_focal_loss
 
 from . import detection as det
-from .pyramid import FeatureInfo, PyramidInfo, Size, check_sizes, choose, norm_layer, positive
+from .one_stage import IOU_LOSSES, Candidates, OneStage, Scale, by_location
+from .pyramid import FeatureInfo, choose, norm_layer, positive
 
-_IOU_LOSSES = {'giou': generalized_box_iou_loss, 'diou': distance_box_iou_loss, 'ciou': complete_box_iou_loss}
 
-
-class FCOS(nn.Module):
+class FCOS(OneStage):
     """Anchor-free one-stage detector on maps of one width (an FPN's).
 
     Args:
@@ -40,15 +34,19 @@ class FCOS(nn.Module):
         num_convs: convolutions of each tower.
         norm: 'group' (published) or 'none' in the towers.
         center_radius: points within so many strides of a box's centre are positive; None: all points inside the box.
-        size_ranges: per level, (low, high]: the largest distance to a side, in pixels, that the level is responsible
-            for; default (4, 8] strides, from 0 on the first and to infinity on the last level.
+        size_ranges: per level, [low, high]: the largest distance to a side, in pixels, that the level is responsible
+            for; default 4 to 8 strides, from 0 on the first and to infinity on the last level.
         point_offset, exact_strides: placement of the points, see detection.PyramidAnchors.
         box_loss: 'giou' (torchvision), 'diou' or 'ciou'.
         box_weight: factor of the box loss.
+        scales: a learnable factor of each level's distances (a trick of the second paper, as the two that follow).
+        weigh_boxes: each point's box loss counts by its centreness.
+        product: the score is class score * centreness, and class scores alone choose candidates (the papers);
+            torchvision takes the root of the product for both.
         focal_alpha, focal_gamma: of the focal loss.
         prior: initial score of every class.
-        score_threshold, nms_threshold, topk, detections: decoding: sqrt(class score * centreness) above, NMS at this
-            IoU, candidates per level before it, results per picture.
+        score_threshold, nms_threshold, topk, detections: decoding: scores above, NMS at this IoU, candidates per level
+            before it, results per picture.
         min_size: boxes with a side of at most so many pixels are dropped; negative keeps all.
     """
 
@@ -66,6 +64,9 @@ class FCOS(nn.Module):
         exact_strides: bool = False,
         box_loss: str = 'giou',
         box_weight: float = 1.0,
+        scales: bool = False,
+        weigh_boxes: bool = False,
+        product: bool = False,
         focal_alpha: float = 0.25,
         focal_gamma: float = 2.0,
         prior: float = 0.01,
@@ -75,17 +76,20 @@ class FCOS(nn.Module):
         detections: int = 100,
         min_size: float = 0.0,
     ):
-        super().__init__()
-        self.inputs = PyramidInfo.of(feature_info)
-        self.num_classes = positive('num_classes', num_classes)
-        det.check_thresholds(score_threshold=score_threshold, nms_threshold=nms_threshold)
+        super().__init__(
+            feature_info=feature_info,
+            num_classes=num_classes,
+            score_threshold=score_threshold,
+            nms_threshold=nms_threshold,
+            topk=topk,
+            detections=detections,
+            min_size=min_size,
+        )
         if center_radius is not None and center_radius <= 0:
             raise ValueError(f'center_radius must be positive or None, got {center_radius}')
         self.center_radius = center_radius
-        self.box_loss, self.box_weight = choose('box_loss', box_loss, tuple(_IOU_LOSSES)), box_weight
+        self.box_loss, self.box_weight = choose('box_loss', box_loss, tuple(IOU_LOSSES)), box_weight
         self.focal_alpha, self.focal_gamma = focal_alpha, focal_gamma
-        self.score_threshold, self.nms_threshold = score_threshold, nms_threshold
-        self.topk, self.detections, self.min_size = positive('topk', topk), positive('detections', detections), min_size
 
         strides = self.inputs.reduction()
         if size_ranges is None:
@@ -110,13 +114,22 @@ class FCOS(nn.Module):
         for part in (self.head.classification_head, self.head.regression_head):
             part.conv = _tower(width, channels, num_convs, norm)
         nn.init.constant_(self.head.classification_head.cls_logits.bias, -math.log((1 - prior) / prior))
+        self.scales = nn.ModuleList(Scale() for _ in strides) if scales else None
+        self.weigh_boxes, self.product = weigh_boxes, product
         self.box_coder = BoxLinearCoder(normalize_by_size=True)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """List of maps -> class logits (B, N, K), distances in strides (B, N, 4) >= 0, centreness logits (B, N, 1)."""
         self.inputs.check(features)
-        out = self.head(list(features))
-        return out['cls_logits'], out['bbox_regression'], out['bbox_ctrness']
+        logits, distances, centerness = [], [], []
+        classes, boxes = self.head.classification_head, self.head.regression_head
+        for i, x in enumerate(features):
+            logits.append(classes.cls_logits(classes.conv(x)))
+            x = boxes.conv(x)
+            distance = boxes.bbox_reg(x)
+            distances.append(F.relu(distance if self.scales is None else self.scales[i](distance)))
+            centerness.append(boxes.bbox_ctrness(x))
+        return by_location(logits, self.num_classes), by_location(distances, 4), by_location(centerness, 1)
 
     def loss(self, features: Sequence[Tensor], targets: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """{'loss_cls', 'loss_box', 'loss_centerness'}: sums over the batch, divided by its positive points."""
@@ -133,14 +146,13 @@ class FCOS(nn.Module):
         wanted[picture, point, truth.labels[row]] = 1
         loss_cls = sigmoid_focal_loss(logits, wanted, self.focal_alpha, self.focal_gamma, reduction='sum')
         boxes = self.box_coder.decode(distances[picture, point], points[point])
-        loss_box = _IOU_LOSSES[self.box_loss](boxes, truth.boxes[row], reduction='sum')
-        sides = self.box_coder.encode(points[point], truth.boxes[row])
-        loss_centerness = F.binary_cross_entropy_with_logits(
-            centerness[picture, point, 0], centre_weight(sides), reduction='sum'
-        )
+        each = IOU_LOSSES[self.box_loss](boxes, truth.boxes[row], reduction='none')
+        weight = centre_weight(self.box_coder.encode(points[point], truth.boxes[row]))
+        loss_box = (each * weight).sum() / weight.sum().clamp(min=1e-6) if self.weigh_boxes else each.sum() / count
+        loss_centerness = F.binary_cross_entropy_with_logits(centerness[picture, point, 0], weight, reduction='sum')
         return {
             'loss_cls': loss_cls / count,
-            'loss_box': self.box_weight * loss_box / count,
+            'loss_box': self.box_weight * loss_box,
             'loss_centerness': loss_centerness / count,
         }
 
@@ -155,7 +167,7 @@ class FCOS(nn.Module):
             .unbind(1)
         )
         farthest = sides.amax(2)
-        allowed = (sides.amin(2) > 0) & (farthest > low) & (farthest <= high)
+        allowed = (sides.amin(2) > 0) & (farthest >= low) & (farthest <= high)
         if self.center_radius is not None:
             off = (centre - (boxes[..., :2] + boxes[..., 2:]) / 2).abs().amax(2)
             allowed &= off < self.center_radius * size
@@ -163,45 +175,15 @@ class FCOS(nn.Module):
         smallest, index = det.spread(torch.where(allowed, area, math.inf), truth.counts, math.inf).min(1)
         return torch.where(smallest < math.inf, index, det.BACKGROUND)
 
-    def decode(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Candidates before NMS, of fixed number M, for exported graphs: boxes (B, M, 4) xyxy in pixels of the padded
-        batch, clipped to it, scores (B, M), labels (B, M) int64. M is at most topk per level, best first in each."""
+    def candidates(self, features: Sequence[Tensor]) -> Candidates:
         logits, distances, centerness = (x.float() for x in self(features))
-        scores = torch.sqrt(logits.sigmoid() * centerness.sigmoid())
-        levels = self.anchors.on(features)
-        distances, points, scores, labels = det.top_candidates(
-            scores, distances, torch.cat(levels), det.level_sizes(levels), self.topk
-        )
-        boxes = self.box_coder.decode(distances.flatten(0, 1), points.flatten(0, 1)).view(distances.shape)
-        return clip_boxes_to_image(boxes, self.inputs.padded_size(features)), scores, labels
+        scores, centerness = logits.sigmoid(), centerness.sigmoid()
+        if self.product:
+            return Candidates(scores, centerness[..., 0], distances)
+        return Candidates(torch.sqrt(scores * centerness), None, distances)
 
-    def predict(
-        self, features: Sequence[Tensor], sizes: Sequence[Size], original_sizes: Sequence[Size] | None = None
-    ) -> list[dict[str, Tensor]]:
-        """One {'boxes' (n, 4) xyxy, 'scores' (n,), 'labels' (n,)} per picture, best first, inside its valid size."""
-        logits, distances, centerness = (x.float() for x in self(features))
-        check_sizes(sizes, len(logits), self.inputs.padded_size(features), original_sizes)
-        levels = self.anchors.on(features)
-        points, lengths = torch.cat(levels), det.level_sizes(levels)
-        scores = torch.sqrt(logits.sigmoid() * centerness.sigmoid())
-        results = []
-        for i, size in enumerate(sizes):
-            valid = scores[i] * det.centres_inside(points, size)[:, None]
-            point, label, score = det.select_candidates(valid, lengths, self.score_threshold, self.topk)
-            boxes = self.box_coder.decode(distances[i, point], points[point])
-            results.append(
-                det.finish(
-                    boxes,
-                    score,
-                    label,
-                    size,
-                    original_sizes[i] if original_sizes else None,
-                    nms=self.nms_threshold,
-                    limit=self.detections,
-                    min_size=self.min_size,
-                )
-            )
-        return results
+    def boxes_of(self, offsets: Tensor, anchors: Tensor) -> Tensor:
+        return self.box_coder.decode(offsets, anchors)
 
 
 def centre_weight(sides: Tensor) -> Tensor:
@@ -222,3 +204,27 @@ def _tower(in_channels: int, channels: int, num_convs: int, norm: str) -> nn.Seq
         nn.init.constant_(conv.get_parameter('bias'), 0)
         layers += [conv, layer(channels) if layer else nn.Identity(), nn.ReLU()]
     return nn.Sequential(*layers)
+
+
+_RENAMES = (
+    (r'^bbox_head\.', ''),
+    (r'^(cls|reg)_convs\.', r'conv_\1.conv.'),
+    (r'^conv_cls\.(?!conv\.)', 'conv_cls.cls_logits.'),
+    (r'^conv_reg\.(?!conv\.)', 'conv_reg.bbox_reg.'),
+    (r'^conv_centerness\.', 'conv_reg.bbox_ctrness.'),
+    (r'^conv_cls\.', 'head.classification_head.'),
+    (r'^conv_reg\.', 'head.regression_head.'),
+)
+
+
+def convert(state: dict[str, Any]) -> dict[str, Any]:
+    """The head's entries under the names of MMDetection's FCOSHead (conv_bias=True), renamed to torchvision's."""
+    renamed = {}
+    for key, value in state.items():
+        for pattern, replacement in _RENAMES:
+            key = re.sub(pattern, replacement, key)
+        # torchvision's towers are flat: convolution, norm, ReLU.
+        key = re.sub(r'\.conv\.(\d+)\.conv\.', lambda match: f'.conv.{3 * int(match[1])}.', key)
+        key = re.sub(r'\.conv\.(\d+)\.gn\.', lambda match: f'.conv.{3 * int(match[1]) + 1}.', key)
+        renamed[key] = value
+    return renamed

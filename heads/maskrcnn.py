@@ -176,7 +176,7 @@ class MaskRCNN(nn.Module):
         padded = self.inputs.padded_size(features)
         inside = [self._inside_target(t, i, padded) for i, t in enumerate(targets)]
         truth = det.gather_targets(inside, self.num_classes, objectness.device)
-        sizes = [_pair(t.get('size', padded)) for t in targets]
+        sizes = [det.pair(t.get('size', padded)) for t in targets]
         proposals, losses = self.rpn.propose(features, objectness, offsets, sizes, truth)
         # Background is class 0 from here on.
         split = zip(truth.real.split(truth.counts), truth.labels[:-1].split(truth.counts), inside)
@@ -185,15 +185,8 @@ class MaskRCNN(nn.Module):
             for boxes, labels, t in split
         ]
 
-        heads = self.roi_heads
-        proposals, matched, labels, box_targets = heads.select_training_samples(proposals, parts)
-        maps = self._roi_maps(features)
-        logits, box_offsets = heads.box_predictor(heads.box_head(heads.box_roi_pool(maps, proposals, sizes)))
-        if sum(len(x) for x in labels):
-            loss_classifier, loss_box = fastrcnn_loss(logits.float(), box_offsets.float(), labels, box_targets)
-        else:
-            loss_classifier, loss_box = logits.sum() * 0, box_offsets.sum() * 0
-        losses.update(loss_classifier=loss_classifier, loss_box_reg=loss_box)
+        heads, maps = self.roi_heads, self._roi_maps(features)
+        proposals, matched, labels = self.box_losses(maps, proposals, parts, sizes, losses)
         if self.masks:
             chosen = [torch.where(x > 0)[0] for x in labels]
             boxes = [p[i] for p, i in zip(proposals, chosen)]
@@ -207,18 +200,54 @@ class MaskRCNN(nn.Module):
             )
         return losses
 
+    def box_losses(
+        self,
+        maps: dict[str, Tensor],
+        proposals: list[Tensor],
+        parts: list[dict[str, Tensor]],
+        sizes: list[Size],
+        losses: dict[str, Tensor],
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Adds the second stage's losses of boxes; gives what masks are trained on: boxes of each picture, their
+        objects and labels (0 background)."""
+        heads = self.roi_heads
+        proposals, matched, labels, box_targets = heads.select_training_samples(proposals, parts)
+        logits, box_offsets = heads.box_predictor(heads.box_head(heads.box_roi_pool(maps, proposals, sizes)))
+        if sum(len(x) for x in labels):
+            loss_classifier, loss_box = fastrcnn_loss(logits.float(), box_offsets.float(), labels, box_targets)
+        else:
+            loss_classifier, loss_box = logits.sum() * 0, box_offsets.sum() * 0
+        losses.update(loss_classifier=loss_classifier, loss_box_reg=loss_box)
+        return proposals, matched, labels
+
+    def detect(
+        self, maps: dict[str, Tensor], proposals: list[Tensor], sizes: list[Size]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Proposals of each picture -> boxes, scores and labels (from 1) after suppression."""
+        heads = self.roi_heads
+        logits, box_offsets = heads.box_predictor(heads.box_head(heads.box_roi_pool(maps, proposals, sizes)))
+        return heads.postprocess_detections(logits.float(), box_offsets.float(), proposals, sizes)
+
+    def detect_equal(self, features: Sequence[Tensor], proposals: Tensor) -> tuple[Tensor, Tensor]:
+        """Proposals (B, R, 4) -> scores (B, R, K) and boxes (B, R, K, 4), in operations of known shapes."""
+        heads = self.roi_heads
+        cut = heads.box_roi_pool.cut_equal(list(self._roi_maps(features).values()), proposals)
+        logits, deltas = heads.box_predictor(heads.box_head(cut.to(features[0].dtype)))
+        batch, count = proposals.shape[:2]
+        boxes = heads.box_coder.decode_single(deltas.float(), proposals.flatten(0, 1)).view(batch, count, -1, 4)
+        return logits.float().softmax(-1).view(batch, count, -1)[..., 1:], boxes[:, :, 1:]
+
     def predict(
         self, features: Sequence[Tensor], sizes: Sequence[Size], original_sizes: Sequence[Size] | None = None
     ) -> list[dict[str, Tensor]]:
         """One {'boxes' (n, 4) xyxy, 'scores' (n,), 'labels' (n,), 'masks' (n, H, W) bool} per picture, best first."""
         objectness, offsets = (x.float() for x in self(features))
         check_sizes(sizes, len(objectness), self.inputs.padded_size(features), original_sizes)
-        sizes = [_pair(size) for size in sizes]
+        sizes = [det.pair(size) for size in sizes]
         heads, maps = self.roi_heads, self._roi_maps(features)
         proposals, _ = self.rpn.propose(features, objectness, offsets, sizes, None)
-        logits, box_offsets = heads.box_predictor(heads.box_head(heads.box_roi_pool(maps, proposals, sizes)))
-        boxes, scores, labels = heads.postprocess_detections(logits.float(), box_offsets.float(), proposals, sizes)
-        shapes = [_pair(size) for size in (original_sizes or sizes)]
+        boxes, scores, labels = self.detect(maps, proposals, sizes)
+        shapes = [det.pair(size) for size in (original_sizes or sizes)]
         results = [
             {'boxes': det.rescale(b, size, shape), 'scores': s, 'labels': label - 1}
             for b, s, label, size, shape in zip(boxes, scores, labels, sizes, shapes)
@@ -240,15 +269,12 @@ class MaskRCNN(nn.Module):
         so have their results.
         """
         objectness, offsets = (x.float() for x in self(features))
-        padded, heads = self.inputs.padded_size(features), self.roi_heads
+        padded = self.inputs.padded_size(features)
         proposals, real = self.rpn.propose_equal(features, objectness, offsets, padded, suppress)
-        cut = heads.box_roi_pool.cut_equal(list(self._roi_maps(features).values()), proposals)
-        logits, deltas = heads.box_predictor(heads.box_head(cut.to(features[0].dtype)))
-        batch, count = real.shape
-        boxes = heads.box_coder.decode_single(deltas.float(), proposals.flatten(0, 1)).view(batch, count, -1, 4)
-        scores = logits.float().softmax(-1).view(batch, count, -1)[..., 1:] * real[..., None]
-        scores, index = scores.flatten(1).topk(min(det.CANDIDATES, count * self.num_classes), 1)
-        boxes = boxes[:, :, 1:].flatten(1, 2).gather(1, index[..., None].expand(-1, -1, 4))
+        scores, boxes = self.detect_equal(features, proposals)
+        scores = (scores * real[..., None]).flatten(1)
+        scores, index = scores.topk(min(det.CANDIDATES, scores.shape[1]), 1)
+        boxes = det.pick(boxes.flatten(1, 2), index)
         return clip_boxes_to_image(boxes, padded), scores, index % self.num_classes
 
     def decode_masks(self, features: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> Tensor:
@@ -329,9 +355,8 @@ class Proposals(RegionProposalNetwork):
         for anchors in self.anchor_generator.on(features):
             stop = start + len(anchors)
             score, index = objectness[:, start:stop].topk(min(self.pre_nms_top_n(), len(anchors)), 1)
-            rows = index[..., None].expand(-1, -1, 4)
-            near = anchors.expand(objectness.shape[0], -1, -1).gather(1, rows)
-            moved = offsets[:, start:stop].gather(1, rows)
+            near = det.pick(anchors.expand(objectness.shape[0], -1, -1), index)
+            moved = det.pick(offsets[:, start:stop], index)
             boxes = self.box_coder.decode_single(moved.flatten(0, 1), near.flatten(0, 1)).view(moved.shape)
             boxes = clip_boxes_to_image(boxes, size)
             large = ((boxes[..., 2:] - boxes[..., :2]) >= self.min_size).all(-1)
@@ -340,9 +365,5 @@ class Proposals(RegionProposalNetwork):
             kept.append(boxes)
             start = stop
         rank, index = torch.cat(ranks, 1).topk(min(self.post_nms_top_n(), sum(level.shape[1] for level in kept)), 1)
-        chosen = torch.cat(kept, 1).gather(1, index[..., None].expand(-1, -1, 4))
+        chosen = det.pick(torch.cat(kept, 1), index)
         return chosen, (rank >= 0).to(chosen.dtype)
-
-
-def _pair(size: Sequence[int]) -> Size:
-    return int(size[0]), int(size[1])

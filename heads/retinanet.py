@@ -13,22 +13,14 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.ops import (
-    clip_boxes_to_image,
-    complete_box_iou_loss,
-    distance_box_iou_loss,
-    generalized_box_iou_loss,
-    sigmoid_focal_loss,
-)
-from torchvision.ops.misc import Conv2dNormActivation
+from torchvision.ops import sigmoid_focal_loss
 
 from . import detection as det
-from .pyramid import FeatureInfo, PyramidInfo, Size, check_sizes, choose, norm_layer, positive
+from .one_stage import IOU_LOSSES, Candidates, OneStage, tower
+from .pyramid import FeatureInfo, choose, positive
 
-_IOU_LOSSES = {'giou': generalized_box_iou_loss, 'diou': distance_box_iou_loss, 'ciou': complete_box_iou_loss}
 
-
-class RetinaNet(nn.Module):
+class RetinaNet(OneStage):
     """Anchor-based one-stage detector on maps of one width (an FPN's).
 
     Args:
@@ -77,22 +69,21 @@ class RetinaNet(nn.Module):
         detections: int = 100,
         min_size: float = 0.0,
     ):
-        super().__init__()
-        self.inputs = PyramidInfo.of(feature_info)
-        self.num_classes = positive('num_classes', num_classes)
-        det.check_thresholds(
-            foreground_iou=foreground_iou,
-            background_iou=background_iou,
+        super().__init__(
+            feature_info=feature_info,
+            num_classes=num_classes,
             score_threshold=score_threshold,
             nms_threshold=nms_threshold,
+            topk=topk,
+            detections=detections,
+            min_size=min_size,
         )
+        det.check_thresholds(foreground_iou=foreground_iou, background_iou=background_iou)
         if background_iou > foreground_iou:
             raise ValueError(f'background_iou must not exceed foreground_iou={foreground_iou}, got {background_iou}')
         self.foreground_iou, self.background_iou = foreground_iou, background_iou
-        self.box_loss, self.box_weight = choose('box_loss', box_loss, ('l1', *_IOU_LOSSES)), box_weight
+        self.box_loss, self.box_weight = choose('box_loss', box_loss, ('l1', *IOU_LOSSES)), box_weight
         self.focal_alpha, self.focal_gamma = focal_alpha, focal_gamma
-        self.score_threshold, self.nms_threshold = score_threshold, nms_threshold
-        self.topk, self.detections, self.min_size = positive('topk', topk), positive('detections', detections), min_size
 
         if anchor_sizes is None:
             # torchvision truncates to whole pixels: 32, 40, 50 at stride 8.
@@ -110,7 +101,7 @@ class RetinaNet(nn.Module):
         channels = positive('channels', width if channels is None else channels)
         self.head = RetinaNetHead(channels, self.anchors.per_location(), num_classes)
         for part in (self.head.classification_head, self.head.regression_head):
-            part.conv = _tower(width, channels, num_convs, norm)
+            part.conv = tower(width, channels, num_convs, norm)
         nn.init.constant_(self.head.classification_head.cls_logits.bias, -math.log((1 - prior) / prior))
         self.box_coder = BoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
 
@@ -140,62 +131,11 @@ class RetinaNet(nn.Module):
     def _box_losses(self, offsets: Tensor, anchors: Tensor, boxes: Tensor) -> Tensor:
         if self.box_loss == 'l1':
             return (offsets - self.box_coder.encode_single(boxes, anchors)).abs().sum(1)
-        return _IOU_LOSSES[self.box_loss](self.box_coder.decode_single(offsets, anchors), boxes, reduction='none')
+        return IOU_LOSSES[self.box_loss](self.box_coder.decode_single(offsets, anchors), boxes, reduction='none')
 
-    def decode(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Candidates before NMS, of fixed number M, for exported graphs: boxes (B, M, 4) xyxy in pixels of the padded
-        batch, clipped to it, scores (B, M), labels (B, M) int64. M is at most topk per level, best first in each."""
+    def candidates(self, features: Sequence[Tensor]) -> Candidates:
         logits, offsets = (x.float() for x in self(features))
-        levels = self.anchors.on(features)
-        offsets, anchors, scores, labels = det.top_candidates(
-            logits.sigmoid(), offsets, torch.cat(levels), det.level_sizes(levels), self.topk
-        )
-        boxes = self.box_coder.decode_single(offsets.flatten(0, 1), anchors.flatten(0, 1)).view(offsets.shape)
-        return clip_boxes_to_image(boxes, self.inputs.padded_size(features)), scores, labels
+        return Candidates(logits.sigmoid(), None, offsets)
 
-    def predict(
-        self, features: Sequence[Tensor], sizes: Sequence[Size], original_sizes: Sequence[Size] | None = None
-    ) -> list[dict[str, Tensor]]:
-        """One {'boxes' (n, 4) xyxy, 'scores' (n,), 'labels' (n,)} per picture, best first, inside its valid size."""
-        logits, offsets = (x.float() for x in self(features))
-        check_sizes(sizes, len(logits), self.inputs.padded_size(features), original_sizes)
-        levels = self.anchors.on(features)
-        anchors, lengths = torch.cat(levels), det.level_sizes(levels)
-        scores = logits.sigmoid()
-        results = []
-        for i, size in enumerate(sizes):
-            valid = scores[i] * det.centres_inside(anchors, size)[:, None]
-            anchor, label, score = det.select_candidates(valid, lengths, self.score_threshold, self.topk)
-            boxes = self.box_coder.decode_single(offsets[i, anchor], anchors[anchor])
-            results.append(
-                det.finish(
-                    boxes,
-                    score,
-                    label,
-                    size,
-                    original_sizes[i] if original_sizes else None,
-                    nms=self.nms_threshold,
-                    limit=self.detections,
-                    min_size=self.min_size,
-                )
-            )
-        return results
-
-
-def _tower(in_channels: int, channels: int, num_convs: int, norm: str) -> nn.Sequential:
-    """3x3 convolutions with ReLU, initialised as torchvision's (normal, std 0.01)."""
-    layer = norm_layer(choose('norm', norm, ('none', 'group')))
-    if num_convs < 1 and in_channels != channels:
-        raise ValueError(f"num_convs=0 needs channels equal to the maps' width {in_channels}, got channels={channels}")
-    tower = nn.Sequential(
-        *[
-            Conv2dNormActivation(in_channels if i == 0 else channels, channels, norm_layer=layer)
-            for i in range(num_convs)
-        ]
-    )
-    for module in tower.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.normal_(module.weight, std=0.01)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    return tower
+    def boxes_of(self, offsets: Tensor, anchors: Tensor) -> Tensor:
+        return self.box_coder.decode_single(offsets, anchors)

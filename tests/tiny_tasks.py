@@ -14,13 +14,14 @@ def detector() -> Task:
                     preprocess=PIXELS)  # fmt: skip
 
 
-def two_stages(masks: bool = False) -> Task:
+def two_stages(masks: bool = False, kind: type = MaskRCNN) -> Task:
     """Faster or Mask R-CNN on two levels, with scores that are not all alike."""
     task = Detector(backbone={**PYRAMID, 'out_indices': (1, 2)}, neck={'type': FPN, 'out_channels': 16},
-                    head={'type': MaskRCNN, 'num_classes': 3, 'masks': masks, 'box_channels': 32, 'mask_channels': 16,
+                    head={'type': kind, 'num_classes': 3, 'masks': masks, 'box_channels': 32, 'mask_channels': 16,
                           'mask_convs': 1, 'rpn_pre_nms': (100, 100), 'rpn_post_nms': (100, 50)},
                     preprocess=PIXELS)  # fmt: skip
-    for layer in (task.head.rpn.head.cls_logits, task.head.roi_heads.box_predictor.cls_score):
+    scores = [m for name, m in task.head.named_modules() if name.endswith(('cls_score', 'cls_logits'))]
+    for layer in scores:
         layer.weight.data.mul_(30)
     return task
 

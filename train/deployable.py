@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..heads.detection import CANDIDATES, best_equal
+from ..heads.detection import CANDIDATES, best_equal, pick
 from ..kernels import suppress, suppress_by_products
 from .tasks import Detector, ImageClassifier, Restorer, Segmentor, Task
 
@@ -25,7 +25,8 @@ class Deployable(nn.Module):
     classification: logits (B, K).
     segmentation: mask (B, H, W) int32 class ids, or with form='logits' logits (B, K, H, W).
     detection: boxes (B, M, 4) xyxy in pixels, scores (B, M), labels (B, M) int32: the M best candidates, before NMS;
-    with `nms` the results (B, D, 4), (B, D), (B, D), best first, where rows that hold nothing have the score 0.
+    with `nms`, or of a head that needs none (`end_to_end`), the results (B, D, 4), (B, D), (B, D), best first, where
+    rows that hold nothing have the score 0.
     instances: results, and masks (B, D, P, P): probabilities on a grid over each box.
     restoration: restored (B, 3, H, W) in 0..1.
 
@@ -57,6 +58,8 @@ class Deployable(nn.Module):
         self.kind, self.form = type(task), form
         self.masks = isinstance(task, Detector) and getattr(task.head, 'masks', False)
         self.nms = 'products' if self.masks and nms is None else nms
+        if nms is not None and getattr(task.head, 'end_to_end', False):
+            self.nms = None  # its candidates are its results
         preprocess = task.data_preprocessor
         self.normalise = preprocess.normalise
         self.register_buffer('mean', preprocess.mean.clone(), persistent=False)
@@ -101,14 +104,19 @@ class Deployable(nn.Module):
             return boxes, scores, labels.int()
         if self.nms == 'products' and scores.shape[1] > CANDIDATES:
             scores, index = scores.topk(CANDIDATES, 1)
-            boxes, labels = boxes.gather(1, index[..., None].expand(-1, -1, 4)), labels.gather(1, index)
+            boxes, labels = pick(boxes, index), labels.gather(1, index)
         boxes, scores, labels = best_equal(boxes, scores, labels, suppress=inside, **thresholds(head))
         masks = (head.decode_masks(features, boxes, labels),) if self.masks else ()
         return boxes, scores, labels.int(), *masks
 
 
 def thresholds(head: Any) -> dict[str, Any]:
-    """How a head's candidates become results, as `heads.detection` names it: nms, limit, score_threshold, min_size."""
+    """How a head's candidates become results, as `heads.detection` names it: nms, limit, score_threshold, min_size.
+
+    There is no nms where the head is `end_to_end`: its candidates are results.
+    """
+    if getattr(head, 'end_to_end', False):
+        return {'limit': head.detections, 'score_threshold': head.score_threshold, 'min_size': head.min_size}
     if hasattr(head, 'roi_heads'):
         inner = head.roi_heads
         return {
@@ -143,7 +151,8 @@ def metadata(task: Task, metainfo: Any = None, nms: str | None = None) -> dict[s
         entries['padding'] = task.data_preprocessor.mean.flatten().tolist()  # what becomes 0 inside
     if isinstance(task, Detector):
         head = task.head
-        entries['nms'] = nms or ('products' if getattr(head, 'masks', False) else 'outside')
+        end_to_end = getattr(head, 'end_to_end', False)
+        entries['nms'] = 'none' if end_to_end else nms or ('products' if getattr(head, 'masks', False) else 'outside')
         entries['decoding'] = thresholds(head)
         if getattr(head, 'masks', False):
             entries['mask_threshold'] = head.mask_threshold

@@ -72,6 +72,7 @@ def parameter_groups(
     weight_decay: float = 0.0,
     layer_decay: float = 1.0,
     min_scale: float = 0.0,
+    backbone_scale: float = 1.0,
     decay_1d: bool = False,
 ) -> list[dict[str, Any]]:
     """Optimizer groups: dicts of `params`, `lr`, `weight_decay`, `lr_scale` and `names`.
@@ -80,6 +81,7 @@ def parameter_groups(
         task: a Task, or a bare backbone.
         layer_decay: factor per layer, in (0, 1]; 1 leaves one learning rate.
         min_scale: lower bound of the factors of layers.
+        backbone_scale: factor of the whole backbone, beside that of its layers (0.1 for DETR and its kin).
         decay_1d: also decay biases, norms and other parameters of one dimension.
     """
     if not 0 < layer_decay <= 1:
@@ -94,6 +96,8 @@ def parameter_groups(
         plain = (not decay_1d and parameter.ndim <= 1) or any(fnmatch.fnmatch(name, pattern) for pattern in exempt)
         layer = ids.get(name, last)
         own = next((factor for pattern, factor in scales.items() if fnmatch.fnmatch(name, pattern)), 1.0)
+        if name.startswith('backbone.'):
+            own *= backbone_scale
         key = layer, plain, own
         if key not in groups:
             scale = own * max(min_scale, layer_decay ** (last - layer))
@@ -113,10 +117,11 @@ def parameter_groups(
 class LayerDecayConstructor:
     """mmengine constructor: `optim_wrapper = dict(..., constructor='LayerDecayConstructor', paramwise_cfg=dict(...))`.
 
-    paramwise_cfg: `layer_decay` (1.0), `min_scale` (0.0), `decay_1d` (False), see `parameter_groups`.
+    paramwise_cfg: `layer_decay` (1.0), `min_scale` (0.0), `backbone_scale` (1.0), `decay_1d` (False), see
+    `parameter_groups`.
     """
 
-    options = ('layer_decay', 'min_scale', 'decay_1d')
+    options = ('layer_decay', 'min_scale', 'backbone_scale', 'decay_1d')
 
     def __init__(self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any] | None = None) -> None:
         self.wrapper = dict(optim_wrapper_cfg)

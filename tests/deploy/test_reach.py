@@ -16,7 +16,19 @@ from densezoo import heads
 from densezoo.backbones import create_model
 from densezoo.backbones.layers import MIXERS
 from densezoo.deploy import OnnxModel, build_engine, export_onnx, match_boxes
-from densezoo.heads import FPN, EfficientViTSeg, RetinaNet
+from densezoo.deploy.onnx import count_operators
+from densezoo.heads import (
+    ATSS,
+    DETR,
+    FPN,
+    GFL,
+    RTDETR,
+    CascadeRCNN,
+    DeformableDETR,
+    EfficientViTSeg,
+    HybridEncoder,
+    RetinaNet,
+)
 from densezoo.tools.exports import COLUMNS, Trial, build, families, row
 from densezoo.train import Detector, Segmentor
 from densezoo.train.deployable import Deployable, metadata
@@ -56,9 +68,9 @@ def test_batch_and_size_in_one_profile(name, tmp_path):
     assert trial.engine_of_any_size().startswith('yes')
 
 
-def retinanet(backbone=tasks.PYRAMID):
+def one_stage(kind, backbone=tasks.PYRAMID):
     return Detector(backbone=backbone, neck={'type': FPN, 'out_channels': 16}, preprocess=tasks.PIXELS,
-                    head={'type': RetinaNet, 'num_classes': 3, 'num_convs': 1})  # fmt: skip
+                    head={'type': kind, 'num_classes': 3, 'num_convs': 1})  # fmt: skip
 
 
 def efficientvit_seg(backbone=tasks.PYRAMID):
@@ -66,11 +78,35 @@ def efficientvit_seg(backbone=tasks.PYRAMID):
     return Segmentor(backbone={**backbone, 'out_indices': (1, 2, 3)}, head=head, preprocess=tasks.PIXELS)
 
 
+SET = {'num_classes': 3, 'channels': 32, 'num_heads': 2, 'hidden': 32, 'decoder_layers': 2, 'num_queries': 20}
+
+
+def detr(backbone=tasks.PYRAMID):
+    return Detector(backbone=backbone, head={'type': DETR, 'encoder_layers': 1, **SET}, preprocess=tasks.PIXELS)
+
+
+def deformable_detr(backbone=tasks.PYRAMID):
+    head = {'type': DeformableDETR, 'encoder_layers': 1, 'refine': True, 'two_stages': True, **SET}
+    return Detector(backbone={**backbone, 'out_indices': (1, 2, 3)}, head=head, preprocess=tasks.PIXELS)
+
+
+def rtdetr(backbone=tasks.PYRAMID):
+    neck = {'type': HybridEncoder, 'out_channels': 32, 'num_heads': 2, 'hidden': 32, 'depth': 1}
+    return Detector(backbone={**backbone, 'out_indices': (1, 2, 3)}, neck=neck, head={'type': RTDETR, **SET},
+                    preprocess=tasks.PIXELS)  # fmt: skip
+
+
 HEADS = {
     'LinearClassifier': tasks.classifier,
     'OwnClassifier': tasks.own_classifier,
-    'RetinaNet': retinanet,
+    'RetinaNet': partial(one_stage, RetinaNet),
+    'ATSS': partial(one_stage, ATSS),
+    'GFL': partial(one_stage, GFL),
     'FCOS': tasks.detector,
+    'DETR': detr,
+    'DeformableDETR': deformable_detr,
+    'RTDETR': rtdetr,
+    'CascadeRCNN': partial(tasks.two_stages, kind=CascadeRCNN),
     'MaskRCNN': partial(tasks.two_stages, masks=True),
     'SemanticFPN': tasks.segmentor,
     'EfficientViTSeg': efficientvit_seg,
@@ -104,10 +140,20 @@ def head_deploys(make, folder):
             if exact
             else (ours - expected).abs().max() < 1e-4 * (expected.abs().max())
         )
+    if getattr(task.head, 'end_to_end', False):
+        operators = count_operators(path)
+        assert metadata(task)['nms'] == 'none' and not operators.keys() & {'NonMaxSuppression', 'DeformConv'}
     assert build_engine(path, folder / 'task.engine', batch=(1, 4, 8))['layers'] > 10
 
 
-@pytest.mark.parametrize('name', [name for name in HEADS if name != 'MaskRCNN'])  # test_deployable builds that engine
+ELSEWHERE = ('MaskRCNN',)  # test_deployable builds that engine
+SLOW = ('ATSS', 'CascadeRCNN', 'GFL', 'DETR', 'DeformableDETR')
+
+
+@pytest.mark.parametrize(
+    'name',
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in HEADS if name not in ELSEWHERE],
+)
 def test_heads(name, tmp_path):
     head_deploys(HEADS[name], tmp_path)
 

@@ -5,7 +5,23 @@ import pytest
 import torch
 from torch.export import Dim, export
 
-from densezoo.heads import FCOS, FPN, LinearClassifier, MaskRCNN, PyramidInfo, RetinaNet, SemanticFPN, UNetRestorer
+from densezoo.heads import (
+    ATSS,
+    DETR,
+    FCOS,
+    FPN,
+    GFL,
+    RTDETR,
+    CascadeRCNN,
+    DeformableDETR,
+    HybridEncoder,
+    LinearClassifier,
+    MaskRCNN,
+    PyramidInfo,
+    RetinaNet,
+    SemanticFPN,
+    UNetRestorer,
+)
 
 # id, strides, channels of the maps that enter (ugly ones first)
 PYRAMIDS = [
@@ -25,6 +41,7 @@ SMALL_RCNN = {
     'score_threshold': 0.0,
     'detections': 20,
 }
+SMALL_SET = {'channels': 16, 'num_heads': 2, 'hidden': 16, 'decoder_layers': 2, 'num_queries': 20, 'dropout': 0.0}
 DETECTORS = {
     'retinanet': lambda info, **kw: RetinaNet(
         feature_info=info, num_classes=5, num_convs=1, **{'score_threshold': 0.0, **kw}
@@ -51,10 +68,34 @@ DETECTORS = {
         box_loss='diou',
         point_offset=0.5,
         exact_strides=True,
+        scales=True,
+        weigh_boxes=True,
+        product=True,
         score_threshold=0.0,
         **kw,
     ),
+    'atss': lambda info, **kw: ATSS(feature_info=info, num_classes=5, num_convs=1, **{'score_threshold': 0.0, **kw}),
+    'gfl': lambda info, **kw: GFL(
+        feature_info=info, num_classes=5, num_convs=1, channels=8, **{'score_threshold': 0.0, **kw}
+    ),
+    'detr': lambda info, **kw: DETR(feature_info=info, num_classes=5, encoder_layers=1, **{**SMALL_SET, **kw}),
+    'deformable_detr': lambda info, **kw: DeformableDETR(
+        feature_info=info, num_classes=5, num_levels=len(info) + 1, encoder_layers=1, **{**SMALL_SET, **kw}
+    ),
+    'deformable_detr_two_stages': lambda info, **kw: DeformableDETR(
+        feature_info=info,
+        num_classes=5,
+        num_levels=len(info),
+        encoder_layers=1,
+        refine=True,
+        two_stages=True,
+        **{**SMALL_SET, **kw},
+    ),
+    'rtdetr': lambda info, **kw: RTDETR(
+        feature_info=info, num_classes=5, eval_layers=1, **{**SMALL_SET, 'num_denoising': 10, **kw}
+    ),
     'mask_rcnn': lambda info, **kw: MaskRCNN(feature_info=info, num_classes=5, **{**SMALL_RCNN, **kw}),
+    'cascade_mask_rcnn': lambda info, **kw: CascadeRCNN(feature_info=info, num_classes=5, **{**SMALL_RCNN, **kw}),
     'faster_rcnn': lambda info, **kw: MaskRCNN(feature_info=info, num_classes=5, masks=False, **{**SMALL_RCNN, **kw}),
 }
 INFO = PyramidInfo([16, 16, 16], [8, 16, 32])
@@ -113,8 +154,8 @@ def test_empty_and_degenerate_targets(name):
 
 @pytest.mark.parametrize('name', DETECTORS)
 def test_order_of_targets_does_not_matter(name):
-    options = {'rpn_batch': 10**6, 'roi_batch': 10**6} if 'rcnn' in name else {}
-    head = build(name, **options)
+    drawn = {'rcnn': {'rpn_batch': 10**6, 'roi_batch': 10**6}, 'rtdetr': {'num_denoising': 0}}
+    head = build(name, **next((options for key, options in drawn.items() if key in name), {}))
     order = torch.tensor([2, 0, 1])
     turned = [{k: (v[order] if k != 'size' and len(v) == 3 else v) for k, v in t.items()} for t in TARGETS]
     assert not torch.equal(turned[0]['boxes'], TARGETS[0]['boxes'])
@@ -175,11 +216,22 @@ def test_any_pyramid(name, strides, channels):
     assert len(results) == 3 and results[0]['boxes'].shape[1] == 4
 
 
+EXPORTED = ['retinanet', 'fcos', 'gfl', 'mask_rcnn', 'rtdetr']
+EXPORTED_SLOWLY = ['atss', 'cascade_mask_rcnn', 'detr', 'deformable_detr', 'deformable_detr_two_stages']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', EXPORTED_SLOWLY)
+def test_the_other_detectors_export(name):
+    test_exported_equals_eager(build(name), maps(INFO))
+
+
 def heads_for_export():
     torch.manual_seed(0)
     wide = PyramidInfo([8, 12, 20], [4, 8, 16])
-    yield from ((name, build(name), maps(INFO)) for name in ('retinanet', 'fcos', 'mask_rcnn'))
+    yield from ((name, build(name), maps(INFO)) for name in EXPORTED)
     yield 'fpn', FPN(feature_info=wide, out_channels=16, extra='p6p7'), maps(wide)
+    yield 'hybrid_encoder', HybridEncoder(feature_info=wide, out_channels=16, hidden=16, depth=1), maps(wide)
     yield 'semantic_fpn', SemanticFPN(feature_info=wide, num_classes=5, channels=8), maps(wide)
     yield 'linear', LinearClassifier(feature_info=wide, num_classes=5), maps(wide)
 
@@ -210,10 +262,10 @@ def test_restorer_exports_with_dynamic_size():
     torch.testing.assert_close(program(*other), head(*other), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', ['retinanet', 'fcos', 'mask_rcnn'])
+@pytest.mark.parametrize('name', ['retinanet', 'fcos', 'mask_rcnn', 'deformable_detr_two_stages', 'rtdetr'])
 def test_evaluation_before_training_and_bfloat16(name):
     """The kept anchors must not be inference tensors; losses are float32 under autocast."""
-    head = build(name, box_loss='giou') if name != 'mask_rcnn' else build(name)
+    head = build(name, box_loss='giou') if name in ('retinanet', 'fcos') else build(name)
     with torch.inference_mode():
         head.eval().predict(maps(INFO), [SIZE] * 3)
     with torch.autocast('cpu', torch.bfloat16):
@@ -234,7 +286,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(('wrong', 'message'), [pytest.param(t, m, id=i) for i, t, m in BAD])
-@pytest.mark.parametrize('name', ['retinanet', 'fcos'])
+@pytest.mark.parametrize('name', ['retinanet', 'fcos', 'detr'])
 def test_bad_targets(name, wrong, message):
     with pytest.raises(ValueError, match=message):
         build(name).loss(maps(INFO), [wrong, *TARGETS[1:]])

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.roi_heads import paste_masks_in_image
-from torchvision.ops import box_iou, roi_align
+from torchvision.ops import box_iou, clip_boxes_to_image, roi_align
 from torchvision.ops.poolers import LevelMapper
 
-from densezoo.heads import FCOS, MaskRCNN, PyramidInfo, RetinaNet, detection, fcos
+from densezoo.heads import FCOS, CascadeRCNN, MaskRCNN, PyramidInfo, RetinaNet, detection, fcos
 from densezoo.heads.roi_align import cut_by_kernel, cut_by_matrices, levels_of
 from densezoo.kernels import suppress_by_products
 
@@ -169,7 +169,7 @@ def test_perfect_fcos(options):
 
 def test_fcos_takes_the_smaller_of_two_boxes_and_the_level_of_its_size():
     head = FCOS(feature_info=INFO, num_classes=5)
-    boxes = torch.tensor([[0.0, 0, 96, 96], [32, 32, 64, 64]])
+    boxes = torch.tensor([[1.0, 1, 95, 95], [32, 32, 64, 64]])
     levels = head.anchors.on(maps(batch=1))
     points = torch.cat(levels)
     for order in ([0, 1], [1, 0]):
@@ -382,3 +382,51 @@ def test_kept_anchors_are_ordinary_tensors():
     assert not any(level.is_inference() for level in first)
     assert all(a is b for a, b in zip(first, anchors.on(maps()), strict=True))
     assert len(anchors.on(maps(size=(32, 32)))[0]) == 16 * 9
+
+
+def cascade(**options):
+    torch.manual_seed(0)
+    return CascadeRCNN(feature_info=INFO, num_classes=5, masks=False, box_channels=16, score_threshold=0.0,
+                       detections=500, nms_threshold=1.0, **options).eval()  # fmt: skip
+
+
+def test_stages_of_a_cascade_ask_for_more_overlap():
+    wanted = torch.tensor([[0.0, 0, 20, 20]])
+    boxes = torch.tensor([[0.0, 0, 20, 20], [0, 0, 20, 13], [0, 0, 20, 11], [0, 0, 20, 9], [50, 50, 60, 60]])
+    found = [(stage.match(boxes, wanted) >= 0).tolist() for stage in cascade().stages]  # IoU 1, 0.65, 0.55, 0.45, 0
+    assert found == [
+        [True, True, True, False, False],
+        [True, True, False, False, False],
+        [True, False, False, False, False],
+    ]
+    assert (cascade().stages[0].match(boxes, wanted[:0]) == -1).all()
+
+
+@torch.no_grad()
+def test_a_cascade_moves_boxes_stage_by_stage():
+    """Constant offsets: 0.1, 0.05 and 0.033 of a width to the right, as the coders' weights are 10, 20, 30."""
+    head = cascade()
+    for stage in head.stages:
+        stage.bbox_pred.weight.zero_()
+        stage.bbox_pred.bias.copy_(torch.tensor([1.0, 0, 0, 0]))
+    features = [torch.randn_like(x) for x in maps(batch=2)]
+    proposals = torch.stack([random_boxes(6, 3), random_boxes(6, 4)])
+    levels = head._roi_maps(features)
+    boxes, scores, labels = head.detect(levels, list(proposals), [SIZE] * 2)
+    equal_scores, equal_boxes = head.detect_equal(features, proposals)
+    shift = torch.zeros_like(proposals)
+    shift[..., 0::2] = ((proposals[..., 2] - proposals[..., 0]) * (1 / 10 + 1 / 20 + 1 / 30))[..., None]
+    torch.testing.assert_close(equal_boxes[:, :, 0], clip_boxes_to_image(proposals + shift, SIZE))
+    for i in range(2):  # the same results, whether shapes are fixed or not
+        assert len(boxes[i]) == 30 and labels[i].min() == 1
+        torch.testing.assert_close(
+            scores[i], equal_scores[i].flatten().sort(descending=True).values, rtol=1e-4, atol=1e-6
+        )
+        for box, score, label in zip(boxes[i][:5], scores[i], labels[i]):
+            row = (equal_scores[i, :, label - 1] - score).abs().argmin()
+            torch.testing.assert_close(equal_boxes[i, row, label - 1], box, rtol=1e-4, atol=1e-3)
+
+
+def test_cascade_errors():
+    with pytest.raises(ValueError, match=r'one value per stage, got \(0.5, 0.6\), \(1.0,\)'):
+        cascade(stage_ious=(0.5, 0.6), stage_weights=(1.0,))

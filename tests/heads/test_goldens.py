@@ -1,11 +1,13 @@
 """Without this a head could drift from the published one: outputs, losses, gradients, detections are compared with what
 torchvision's, MMSegmentation's and MMDetection's own code gave for the same deterministic weights and maps."""
 
+from functools import partial
+
 import probe
 import pytest
 import torch
 
-from densezoo.heads import FCOS, FPN, MaskRCNN, PyramidInfo, RetinaNet, SemanticFPN, fpn
+from densezoo.heads import ATSS, FCOS, FPN, GFL, MaskRCNN, PyramidInfo, RetinaNet, SemanticFPN, atss, fcos, fpn
 
 FPN_INPUTS = PyramidInfo([64, 128, 320, 512], [4, 8, 16, 32])
 SIZE = (256, 320)
@@ -191,6 +193,74 @@ def test_fcos():
         targets_of(cases['loss']),
         {'loss_cls': 'classification', 'loss_box': 'bbox_regression', 'loss_centerness': 'bbox_ctrness'},
     )
+
+
+@pytest.mark.parametrize(
+    ('make', 'convert', 'name', 'outputs', 'terms'),
+    [
+        pytest.param(
+            ATSS,
+            atss.convert,
+            'mmdet_atss_head',
+            [('cls', 10), ('reg', 4), ('ctr', 1)],
+            {'loss_cls': 'loss_cls', 'loss_box': 'loss_bbox', 'loss_centerness': 'loss_centerness'},
+            id='atss',
+        ),
+        pytest.param(
+            GFL,
+            atss.convert,
+            'mmdet_gfl_head',
+            [('cls', 10), ('reg', 68)],
+            {'loss_cls': 'loss_cls', 'loss_box': 'loss_bbox', 'loss_distribution': 'loss_dfl'},
+            id='gfl',
+        ),
+        pytest.param(
+            partial(
+                FCOS,
+                point_offset=0.5,
+                exact_strides=True,
+                scales=True,
+                weigh_boxes=True,
+                product=True,
+                score_threshold=0.05,
+            ),
+            fcos.convert,
+            'mmdet_fcos_head_tricks',
+            [('cls', 10), ('reg', 4), ('ctr', 1)],
+            {'loss_cls': 'loss_cls', 'loss_box': 'loss_bbox', 'loss_centerness': 'loss_centerness'},
+            id='fcos_tricks',
+        ),
+    ],
+)
+def test_mmdet_one_stage(make, convert, name, outputs, terms):
+    golden, cases = load(name)
+    config = golden['config']
+    info = PyramidInfo([config['channels']] * 5, config['strides'])
+    head = make(feature_info=info, num_classes=10, nms_threshold=0.5)
+    head.load_state_dict(convert(probe.golden_state(golden)))
+    case = cases['heads']
+    with torch.no_grad():
+        features = maps(case)
+        for ours, (key, width) in zip(head.eval()(features), outputs, strict=True):
+            start = 0
+            for level, x in enumerate(features):
+                stop = start + x.shape[-2] * x.shape[-1]
+                grid = ours[:, start:stop].transpose(1, 2).unflatten(2, x.shape[-2:])
+                assert grid.shape[1] == width
+                # MMDetection gives FCOS's distances in pixels in evaluation.
+                pixels = config['strides'][level] if key == 'reg' and config.get('norm_on_bbox') else 1
+                probe.compare(grid * pixels, case['outputs'][f'{key}{level}'])
+                start = stop
+        compare_detections(head.predict(features, [SIZE] * 2), cases['detections']['outputs'])
+    # Theirs are lists of levels, and gradients are of their sum.
+    recorded = {**cases['loss'], 'outputs': {}}
+    for key, value in cases['loss']['outputs'].items():
+        if key.startswith('grad_'):
+            (key,) = convert({key[5:]: None})
+            recorded['outputs'][f'grad_{key}'] = value
+        else:
+            recorded['outputs'][key] = sum(value) if isinstance(value, list) else value
+    compare_losses(head, recorded, targets_of(recorded), terms)
 
 
 @pytest.fixture(scope='module')
