@@ -6,18 +6,26 @@ tensors), `loss(features, targets)` (a dict of scalars; keys that start with `lo
 """
 
 from .classification import LinearClassifier, OwnClassifier
+from .deeplabv3plus import DeepLabV3Plus
 from .efficientvit_seg import EfficientViTSeg
+from .fcn import FCN
 from .fcos import FCOS
 from .fpn import FPN
 from .maskrcnn import MaskRCNN
 from .pyramid import FeatureInfo, PyramidInfo
 from .restoration import UNetRestorer
 from .retinanet import RetinaNet
+from .sbcb import SBCB
+from .segformer import SegFormerHead
 from .semantic_fpn import SemanticFPN
+from .upernet import UPerNet
 
 __all__ = [
+    'FCN',
     'FCOS',
     'FPN',
+    'SBCB',
+    'DeepLabV3Plus',
     'EfficientViTSeg',
     'FeatureInfo',
     'LinearClassifier',
@@ -25,6 +33,8 @@ __all__ = [
     'OwnClassifier',
     'PyramidInfo',
     'RetinaNet',
+    'SegFormerHead',
     'SemanticFPN',
     'UNetRestorer',
+    'UPerNet',
 ]
