@@ -6,9 +6,11 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from densezoo.train.evaluators import BoundaryMetric, PanopticMetric, SegmentationMetric
 from densezoo.train.evaluators.panoptic import count
+from densezoo.train.inference import Predictor
 
 THINGS = (0, 2)
 CLASSES = 5
@@ -162,6 +164,14 @@ def test_errors():
         evaluate([target], [result(IDS, [0, 2, 1])], things=None)
     with pytest.raises(ValueError, match=r"needs num_classes= or dataset_meta\['classes'\]"):
         evaluate([target], [result(IDS, [0, 2, 1])], num_classes=None)
+
+
+def test_predictions_are_written_as_a_map_and_its_segments(tmp_path):
+    predictor = Predictor.__new__(Predictor)
+    predictor.metainfo = {'classes': ('a', 'b', 'c')}
+    entry = predictor.describe(result(IDS, [0, 2, 1]), {'file': 'x.png', 'original_size': (4, 4)}, tmp_path, 'x')
+    assert entry['segments'][1] == {'id': 2, 'label': 2, 'name': 'c'} and len(entry['segments']) == 3
+    assert np.array_equal(np.asarray(Image.open(tmp_path / entry['panoptic'])), IDS.numpy())
 
 
 # ---------------------------------------------------------------------------------------------- boundaries
