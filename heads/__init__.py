@@ -2,15 +2,17 @@
 
 Every head is built with keyword arguments from `feature_info` (channels and strides) and has `forward(features)` (plain
 tensors), `loss(features, targets)` (a dict of scalars; keys that start with `loss_` are summed) and
-`predict(features, sizes, original_sizes)` (one dict per picture).
+`predict(features, sizes, original_sizes)` (one dict per picture). A head for the loss alone (SBCB) predicts nothing.
 """
 
 from .atss import ATSS
 from .cascade import CascadeRCNN
 from .classification import LinearClassifier, OwnClassifier
+from .deeplabv3plus import DeepLabV3Plus
 from .deformable_detr import DeformableDETR
 from .detr import DETR
 from .efficientvit_seg import EfficientViTSeg
+from .fcn import FCN
 from .fcos import FCOS
 from .fpn import FPN
 from .gfl import GFL
@@ -20,16 +22,22 @@ from .pyramid import FeatureInfo, PyramidInfo
 from .restoration import UNetRestorer
 from .retinanet import RetinaNet
 from .rtdetr import RTDETR
+from .sbcb import SBCB
+from .segformer import SegFormerHead
 from .semantic_fpn import SemanticFPN
+from .upernet import UPerNet
 
 __all__ = [
     'ATSS',
     'DETR',
+    'FCN',
     'FCOS',
     'FPN',
     'GFL',
     'RTDETR',
+    'SBCB',
     'CascadeRCNN',
+    'DeepLabV3Plus',
     'DeformableDETR',
     'EfficientViTSeg',
     'FeatureInfo',
@@ -39,6 +47,8 @@ __all__ = [
     'OwnClassifier',
     'PyramidInfo',
     'RetinaNet',
+    'SegFormerHead',
     'SemanticFPN',
     'UNetRestorer',
+    'UPerNet',
 ]

@@ -7,6 +7,8 @@ or restored images where the task makes such, and `predictions.json`: a list wit
                                          'boxes' (xyxy pixels), 'labels', 'names', 'scores'     detection
                                          'masks' (COCO RLE)                                     ... of instances
                                          'mask' (a PNG of class ids), 'classes' {name: share}   segmentation
+                                         'panoptic' (a PNG of segment ids, 0: none),
+                                         'segments' [{'id', 'label', 'name'}]                   panoptic segmentation
                                          'restored' (a PNG)                                     restoration
 
 FILE.onnx and FILE.engine, which `densezoo export` writes, take the place of the checkpoint. An image that cannot be

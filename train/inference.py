@@ -76,6 +76,13 @@ class Predictor:
     def describe(self, result: Mapping[str, Any], target: Mapping[str, Any], folder: Path, name: str) -> dict[str, Any]:
         """A result as plain values for a JSON; images in it are written into `folder` under `name`."""
         entry: dict[str, Any] = {'file': target['file'], 'size': list(target['original_size'])}
+        if 'panoptic' in result:
+            save_ids(folder / f'{name}_panoptic.png', result['panoptic'])
+            labels = result['segment_labels'].tolist()
+            entry['panoptic'] = f'{name}_panoptic.png'
+            entry['segments'] = [
+                {'id': number, 'label': label, 'name': self.class_name(label)} for number, label in enumerate(labels, 1)
+            ]
         if 'boxes' in result:
             entry |= {key: result[key].tolist() for key in ('boxes', 'labels', 'scores')}
             entry['names'] = [self.class_name(label) for label in entry['labels']]
@@ -90,7 +97,7 @@ class Predictor:
         elif 'image' in result:
             save(folder / f'{name}_restored.png', as_pixels(result['image']))
             entry['restored'] = f'{name}_restored.png'
-        else:
+        elif 'label' in result:
             label = int(result['label'])
             entry |= {'label': label, 'name': self.class_name(label), 'score': float(result['scores'][label])}
             entry['scores'] = result['scores'].tolist()

@@ -17,6 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.io import write_png
 
+from ..heads.segments import panoptic_map
+
 _LEGIBLE = 256  # shorter side of a panel that needs no enlargement
 _BAND = 22  # height of a caption
 _FONT = 15
@@ -40,7 +42,8 @@ def draw(
         image: (3, H, W) or (1, H, W) uint8 or float in [0, 1], or uint8 (H, W, 3): as given to the network, before
             normalisation; it is scaled to `target['original_size']`, to which results refer.
         result: what a task's `predict` returned: classification (`label`, `scores`), detection (`boxes`, `labels`,
-            `scores`, perhaps `masks`), segmentation (`mask`) or restoration (`image`).
+            `scores`, perhaps `masks`), segmentation (`mask`), panoptic (`panoptic`, `segment_labels`) or restoration
+            (`image`).
         target: the dataset's target, or None.
         metainfo: the dataset's `classes` and `palette`; numbers and generated colours without.
         score_threshold: detections below it are not drawn.
@@ -50,6 +53,8 @@ def draw(
         uint8 (h, w, 3): panels side by side under their captions.
     """
     pixels, target, metainfo = as_pixels(image), target or {}, metainfo or {}
+    if 'panoptic' in result:
+        return _draw_panoptic(pixels, result, target, metainfo)
     if 'boxes' in result:
         return _draw_detection(pixels, result, target, metainfo, score_threshold, max_boxes)
     if 'mask' in result:
@@ -58,7 +63,7 @@ def draw(
         return _draw_restoration(pixels, result, target)
     if 'label' in result:
         return _draw_classification(pixels, result, target, metainfo)
-    raise ValueError(f"a result holds 'boxes', 'mask', 'image' or 'label', got {sorted(result)}")
+    raise ValueError(f"a result holds 'panoptic', 'boxes', 'mask', 'image' or 'label', got {sorted(result)}")
 
 
 def save_pictures(
@@ -218,6 +223,20 @@ def _draw_segmentation(
     return _beside(panels)
 
 
+def _draw_panoptic(
+    pixels: np.ndarray, result: Mapping[str, Any], target: Mapping[str, Any], metainfo: Metainfo
+) -> np.ndarray:
+    ids, labels = _array(result['panoptic']), _array(result['segment_labels'])
+    height, width = ids.shape
+    ground, factor = _enlarged(_resized(pixels, height, width), Image.Resampling.LANCZOS)
+    panels = [_under(ground, 'picture'), _under(_segments(ground, factor, ids, labels, metainfo), 'prediction')]
+    if {'mask', 'masks', 'labels'} <= target.keys() and 'things' in metainfo:
+        truth = panoptic_map(target, things=metainfo['things'])
+        true_ids = _resized(_array(truth.ids).astype(np.int32), height, width, Image.Resampling.NEAREST)
+        panels.append(_under(_segments(ground, factor, true_ids, _array(truth.labels), metainfo), 'truth'))
+    return _beside(panels)
+
+
 def _draw_restoration(pixels: np.ndarray, result: Mapping[str, Any], target: Mapping[str, Any]) -> np.ndarray:
     clean = as_pixels(target['clean']) if 'clean' in target else None
     panels = []
@@ -312,6 +331,17 @@ def _regions(ground: np.ndarray, factor: int, mask: np.ndarray, metainfo: Metain
         canvas[where] = 0.4 * grey[where] + 0.6 * colour
         canvas[_rim(where)] = colour
     return canvas.clip(0, 255).astype(np.uint8)
+
+
+def _segments(ground: np.ndarray, factor: int, ids: np.ndarray, labels: np.ndarray, metainfo: Metainfo) -> np.ndarray:
+    """`_regions` of the segments' classes, and a rim around each segment, so that touching ones stay apart."""
+    canvas = _regions(ground, factor, np.append(255, labels)[ids], metainfo)
+    large = ids.repeat(factor, 0).repeat(factor, 1)
+    for number in range(1, len(labels) + 1):
+        colour = _colour(metainfo, int(labels[number - 1]))
+        if any(colour):
+            canvas[_rim(large == number)] = colour
+    return canvas
 
 
 def _rim(mask: np.ndarray) -> np.ndarray:

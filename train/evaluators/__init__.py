@@ -2,8 +2,20 @@
 
 from .accuracy import Accuracy
 from .base import Metric
+from .boundary import BoundaryMetric
 from .coco import CocoMetric
+from .panoptic import PanopticMetric
 from .restoration import RestorationMetric, psnr, ssim
 from .segmentation import SegmentationMetric
 
-__all__ = ['Accuracy', 'CocoMetric', 'Metric', 'RestorationMetric', 'SegmentationMetric', 'psnr', 'ssim']
+__all__ = [
+    'Accuracy',
+    'BoundaryMetric',
+    'CocoMetric',
+    'Metric',
+    'PanopticMetric',
+    'RestorationMetric',
+    'SegmentationMetric',
+    'psnr',
+    'ssim',
+]
