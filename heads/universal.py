@@ -1,0 +1,262 @@
+"""What heads share that answer with masks and classes of queries: one prediction is read as a semantic map, as instances
+and as a panoptic map (Cheng et al. 2021, MaskFormer, arXiv:2107.06278; Yu et al. 2022, kMaX-DeepLab, arXiv:2207.04044).
+
+Targets and results: see `segments`. A result holds `mask` (semantic), `boxes`, `labels`, `scores`, `masks` (instances)
+and `panoptic`, `segment_labels`, `segment_scores`, so each task's own evaluator reads it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import masks_to_boxes
+
+from .detection import check_thresholds
+from .pyramid import FeatureInfo, PyramidInfo, Size, check_sizes, positive
+from .segments import IGNORE, KINDS, segments
+
+# B batch, Q queries, M segments of the fullest picture, S segments, K classes, H W pixels
+
+
+class Segments(NamedTuple):
+    """Segments of a batch, padded to the fullest picture: labels (B, M) int64, masks (B, M, H, W) bool, and how many
+    of each picture are real."""
+
+    labels: Tensor
+    masks: Tensor
+    counts: list[int]
+
+
+class UniversalHead(nn.Module):
+    """Base of the heads. A subclass gives logits of classes (B, Q, K + 1), no object last, and of masks (B, Q, h, w).
+
+    Args:
+        feature_info: channels and strides of the maps.
+        num_classes: K, things and stuff together.
+        things: ids of the classes that are objects, or how many of the first classes are.
+        tasks: what `predict` answers: 'semantic', 'instance', 'panoptic'.
+        score_threshold: a query takes part in the panoptic map if its class probability exceeds this.
+        overlap_threshold: share of its own pixels that a segment must keep in the panoptic map.
+        detections: instances per picture.
+    """
+
+    def __init__(
+        self,
+        *,
+        feature_info: FeatureInfo,
+        num_classes: int,
+        things: int | Sequence[int],
+        tasks: Sequence[str],
+        score_threshold: float,
+        overlap_threshold: float,
+        detections: int,
+    ):
+        super().__init__()
+        self.inputs = PyramidInfo.of(feature_info)
+        self.num_classes = positive('num_classes', num_classes)
+        self.things = tuple(range(things)) if isinstance(things, int) else tuple(sorted(set(things)))
+        if self.things and not 0 <= self.things[0] <= self.things[-1] < num_classes:
+            raise ValueError(f'things must be class ids 0..{num_classes - 1}, or how many of them, got {things}')
+        if not tasks or any(task not in KINDS for task in tasks):
+            raise ValueError(f'tasks must be some of {KINDS}, got {tuple(tasks)}')
+        self.tasks = tuple(tasks)
+        check_thresholds(score_threshold=score_threshold, overlap_threshold=overlap_threshold)
+        self.score_threshold = score_threshold
+        self.overlap_threshold = overlap_threshold
+        self.detections = positive('detections', detections)
+
+    # ---------------------------------------------------------------- what a head defines
+
+    def answers(self, features: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Logits of classes and masks for each of `tasks`; tasks may share one tuple."""
+        raise NotImplementedError
+
+    def mask_probabilities(self, masks: Tensor) -> Tensor:
+        """(Q, H, W) logits -> probabilities."""
+        raise NotImplementedError
+
+    def panoptic(self, classes: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Probabilities (Q, K + 1), (Q, H, W) -> map (H, W), labels (S,), scores (S,)."""
+        raise NotImplementedError
+
+    mask_threshold = 0.5  # probability from which on a pixel belongs to an instance
+
+    def enlarge(self, masks: Tensor, padded: Size, sizes: Sequence[Size]) -> Tensor:
+        """Mask logits (B, Q, h, w) at the size of the pictures."""
+        return F.interpolate(masks.float(), size=padded, mode='bilinear', align_corners=False)
+
+    # ---------------------------------------------------------------- what all share
+
+    def gather(self, targets: Sequence[Mapping[str, Any]], padded: Size, kinds: Sequence[str]) -> Segments:
+        """The segments of a batch, each picture's of its kind, on a canvas of the padded size.
+
+        Raises:
+            ValueError: a class id that is none, or a picture larger than the batch.
+        """
+        found = [segments(target, things=self.things, kind=kind) for target, kind in zip(targets, kinds, strict=True)]
+        counts = [len(labels) for labels, _ in found]
+        device = found[0][0].device
+        labels = torch.zeros((len(found), max(counts)), dtype=torch.int64, device=device)
+        masks = torch.zeros((*labels.shape, *padded), dtype=torch.bool, device=device)
+        for i, (label, mask) in enumerate(found):
+            height, width = mask.shape[-2:]
+            if height > padded[0] or width > padded[1]:
+                raise ValueError(f'masks must not be larger than the padded batch {padded}, got {(height, width)}')
+            labels[i, : counts[i]] = label
+            masks[i, : counts[i], :height, :width] = mask
+        if labels.numel() and not 0 <= labels.min() <= labels.max() < self.num_classes:
+            wrong = labels[(labels < 0) | (labels >= self.num_classes)][0]
+            raise ValueError(
+                f'class ids must be 0..{self.num_classes - 1}, or {IGNORE} in mask, got {int(wrong)}; is num_classes='
+                f'{self.num_classes} right?'
+            )
+        return Segments(labels, masks, counts)
+
+    def predict(
+        self, features: Sequence[Tensor], sizes: Sequence[Size], original_sizes: Sequence[Size] | None = None
+    ) -> list[dict[str, Tensor]]:
+        """One result per picture, of `original_sizes` where given, else of `sizes`; `tasks` says what is in it."""
+        padded = self.inputs.padded_size(features)
+        check_sizes(sizes, len(features[0]), padded, original_sizes)
+        answers = self.answers(features)
+        results: list[dict[str, Tensor]] = [{} for _ in sizes]
+        for classes, masks in dict.fromkeys(answers.values()):
+            tasks = [task for task in self.tasks if answers[task][1] is masks]
+            for i, (height, width) in enumerate(sizes):
+                logits = self.enlarge(masks[i : i + 1], padded, sizes)[..., :height, :width]
+                if original_sizes is not None and tuple(original_sizes[i]) != (height, width):
+                    size = tuple(original_sizes[i])
+                    logits = F.interpolate(logits, size=size, mode='bilinear', align_corners=False)
+                classes_, masks_ = classes[i].float().softmax(-1), self.mask_probabilities(logits[0])
+                for task in tasks:
+                    results[i] |= self._read(task, classes_, masks_)
+        return results
+
+    def _read(self, task: str, classes: Tensor, masks: Tensor) -> dict[str, Tensor]:
+        if task == 'semantic':
+            return {'mask': semantic_map(classes, masks).argmax(0)}
+        if task == 'instance':
+            return instances(
+                classes, masks, things=self.things, threshold=self.mask_threshold, limit=self.detections
+            )
+        return dict(zip(('panoptic', 'segment_labels', 'segment_scores'), self.panoptic(classes, masks), strict=True))
+
+
+def semantic_map(classes: Tensor, masks: Tensor) -> Tensor:
+    """Sum over queries of class x mask: (Q, K + 1), (Q, H, W) probabilities -> (K, H, W)."""
+    return (classes[:, :-1].T @ masks.flatten(1)).unflatten(1, masks.shape[1:])
+
+
+def instances(
+    classes: Tensor, masks: Tensor, *, things: Sequence[int], threshold: float, limit: int
+) -> dict[str, Tensor]:
+    """The best (query, class) pairs of all classes, of which the things are kept, as torchvision's results.
+
+    Scores are class probability x mean mask probability inside the mask; masks without a pixel are dropped.
+
+    Args:
+        classes: (Q, K + 1) probabilities.
+        masks: (Q, H, W) probabilities.
+        threshold: of the masks.
+        limit: pairs.
+    """
+    scores = classes[:, :-1]
+    kinds = scores.shape[1]
+    best, index = scores.flatten().topk(min(limit, scores.numel()))
+    inside = masks > threshold
+    area = inside.flatten(1).sum(1)
+    mean = (masks * inside).flatten(1).sum(1) / (area + 1e-6)
+    query, label = index // kinds, index % kinds
+    keep = torch.isin(label, torch.tensor(things, dtype=label.dtype, device=label.device)) & (area[query] > 0)
+    query, label, score = query[keep], label[keep], best[keep] * mean[query[keep]]
+    order = score.argsort(descending=True, stable=True)
+    query, found = query[order], inside[query[order]]
+    boxes = masks_to_boxes(found) if len(found) else masks.new_zeros(0, 4)
+    # From pixel indices to borders: the last pixel lies inside.
+    boxes = boxes + boxes.new_tensor([0.0, 0.0, 1.0, 1.0])
+    return {'boxes': boxes, 'labels': label[order], 'scores': score[order], 'masks': found}
+
+
+def panoptic_by_argmax(
+    classes: Tensor, masks: Tensor, *, things: Sequence[int], score_threshold: float, overlap_threshold: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """MaskFormer's rule: each pixel goes to the query of the largest score x mask probability. A query whose share of
+    its own mask (probability of at least 1/2) falls below the overlap is dropped; stuff of one class is one segment.
+
+    Args:
+        classes: (Q, K + 1) probabilities; queries that prefer no object, or are below the score, take no part.
+        masks: (Q, H, W) probabilities.
+
+    Returns:
+        map (H, W) int64 of segments 1..S, 0 where there is none; labels (S,) int64; scores (S,).
+    """
+    scores, labels = classes.max(-1)
+    keep = (labels < classes.shape[1] - 1) & (scores > score_threshold)
+    scores, labels, masks = scores[keep], labels[keep], masks[keep]
+    empty = torch.zeros(masks.shape[1:], dtype=torch.int64, device=masks.device)
+    if not len(scores):
+        return empty, labels, scores
+    owner = (scores[:, None, None] * masks).argmax(0)
+    sure = masks.gather(0, owner[None])[0] >= 0.5
+    won = owner.flatten().bincount(minlength=len(scores))
+    own = (masks >= 0.5).flatten(1).sum(1)
+    seen = (owner * sure - (~sure).long()).flatten() + 1
+    seen = seen.bincount(minlength=len(scores) + 1)[1:]
+    accepted = (seen > 0) & (won >= overlap_threshold * own)
+    number, chosen = _numbers(labels, accepted, things)
+    return torch.where(sure, number[owner], 0), labels[chosen], scores[chosen]
+
+
+def panoptic_in_order(
+    classes: Tensor,
+    masks: Tensor,
+    *,
+    things: Sequence[int],
+    thing_threshold: float,
+    stuff_threshold: float,
+    overlap_threshold: float,
+    mask_threshold: float = 0.4,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """kMaX-DeepLab's rule: queries in the order of class score x mean mask probability take the pixels that are still
+    free; one that would get too small a share of its mask is dropped; stuff of one class is one segment.
+
+    Arguments and result: as `panoptic_by_argmax`.
+    """
+    scores, labels = classes[:, :-1].max(-1)
+    inside = masks > mask_threshold
+    area = inside.flatten(1).sum(1)
+    quality = scores * (masks * inside).flatten(1).sum(1) / area.clamp(min=1)
+    thing = torch.isin(labels, torch.tensor(things, dtype=labels.dtype, device=labels.device))
+    sure = scores > torch.where(thing, thing_threshold, stuff_threshold)
+    order = quality.argsort(descending=True, stable=True)
+    order = order[sure[order]]
+    taken = torch.zeros(masks.shape[1:], dtype=torch.int64, device=masks.device)
+    accepted = torch.zeros(len(order), dtype=torch.bool, device=masks.device)
+    # One after the other: what a query gets depends on those before it.
+    for place, query in enumerate(order.tolist()):
+        free = inside[query] & (taken == 0)
+        if free.sum() > area[query] * overlap_threshold:
+            taken[free] = place + 1
+            accepted[place] = True
+    labels, quality = labels[order], quality[order]
+    number, chosen = _numbers(labels, accepted, things)
+    return F.pad(number, (1, 0))[taken], labels[chosen], quality[chosen]
+
+
+def _numbers(labels: Tensor, accepted: Tensor, things: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The segment's number of each query, 0 for none, and the query that each segment takes its class from."""
+    number, chosen, stuff = [0] * len(labels), [], {}
+    for query, (label, yes) in enumerate(zip(labels.tolist(), accepted.tolist())):
+        if not yes:
+            continue
+        if label in stuff:
+            number[query] = stuff[label]
+            continue
+        chosen.append(query)
+        number[query] = len(chosen)
+        if label not in things:
+            stuff[label] = len(chosen)
+    device = labels.device
+    return torch.tensor(number, device=device, dtype=torch.int64), torch.tensor(chosen, device=device, dtype=torch.int64)
