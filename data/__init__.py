@@ -13,6 +13,7 @@ from .imagefolder import ImageFolder
 from .imageio import probe, read_image, read_mask
 from .masks import ADE20K, Cityscapes, MaskFolder
 from .mosaic import Mosaic
+from .panoptic import CocoPanoptic, PanopticFolder
 from .paths import data_home, expand_root
 from .restoration import CleanFolder, PairedFolder
 from .samplers import AspectRatioBatchSampler, EvalSampler, RestartableSampler
@@ -39,6 +40,7 @@ __all__ = [
     'Cityscapes',
     'CleanFolder',
     'CocoDetection',
+    'CocoPanoptic',
     'CropWithoutOneClassDominating',
     'DataError',
     'Degrade',
@@ -53,6 +55,7 @@ __all__ = [
     'MixCollate',
     'Mosaic',
     'PairedFolder',
+    'PanopticFolder',
     'PoissonNoise',
     'Rain',
     'RandomCrop',

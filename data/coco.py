@@ -32,7 +32,7 @@ from .progress import track
 from .tensors import InstanceMasks
 from .transforms import Sample, TransformSpec
 
-_CROWD = 1 << 20  # added to the label of a crowd annotation while transforms select instances
+CROWD = 1 << 20  # added to the label of a crowd annotation while transforms select instances
 _LAYOUTS = (  # (images, annotations): ours, COCO's own, without a folder, and the export of annotation services
     ('images/{split}', 'annotations/instances_{split}.json'),
     ('{split}2017', 'annotations/instances_{split}2017.json'),
@@ -85,9 +85,11 @@ class CocoDetection(ImageDataset):
         self._folder = folder
         self._index(read_json(path), path, masks, classes, bad_boxes, keep_crowd, keep_empty)
 
-    def _locate(self, images: str | None, ann_file: str | None) -> tuple[pathlib.Path, pathlib.Path]:
-        layouts = [(a.format(split=self.split), b.format(split=self.split)) for a, b in _LAYOUTS]
-        tried = [(images or a, ann_file or b) for a, b in layouts]
+    def _locate(
+        self, images: str | None, ann_file: str | None, layouts: Sequence[tuple[str, str]] = _LAYOUTS
+    ) -> tuple[pathlib.Path, pathlib.Path]:
+        filled = [(a.format(split=self.split), b.format(split=self.split)) for a, b in layouts]
+        tried = [(images or a, ann_file or b) for a, b in filled]
         for a, b in tried:
             folder, path = self.root / expand_root(a), self.root / expand_root(b)
             if folder.is_dir() and path.is_file():
@@ -125,7 +127,7 @@ class CocoDetection(ImageDataset):
         self._ends = np.cumsum(counts)
         flat = [row for rows in parsed.rows for row in rows]
         self._boxes = np.asarray([row[0] for row in flat], dtype=np.float32).reshape(-1, 4)
-        self._labels = np.asarray([row[1] + _CROWD * row[2] for row in flat], dtype=np.int64)
+        self._labels = np.asarray([row[1] + CROWD * row[2] for row in flat], dtype=np.int64)
         self._shapes = PackedList([row[3] for row in rows] for rows in parsed.rows) if masks else None
         names = parsed.names
         self.metainfo = {
@@ -189,8 +191,8 @@ class CocoDetection(ImageDataset):
         if not bool(keep.all()):
             boxes, labels, area = boxes[keep], labels[keep], area[keep]
             masks = None if masks is None else masks[keep]
-        crowd = labels >= _CROWD
-        target = {'boxes': boxes, 'labels': labels - _CROWD * crowd, 'iscrowd': crowd.long(), 'area': area}
+        crowd = labels >= CROWD
+        target = {'boxes': boxes, 'labels': labels - CROWD * crowd, 'iscrowd': crowd.long(), 'area': area}
         if masks is not None:
             target['masks'] = masks
         return image, target

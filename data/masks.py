@@ -107,10 +107,13 @@ class MaskFolder(PairedImages):
         self._start(len(pairs), problems)
 
     def read(self, record: int) -> Sample:
-        image = read_image(self.file(record), exif=self._exif)
-        mask = self._ids(self.partner_file(record))
+        image, mask = read_image(self.file(record), exif=self._exif), self.mask(record)
         self._same_size(record, image.shape, mask.shape)
-        return {'image': tv_tensors.Image(image), 'mask': SemanticMask(torch.from_numpy(mask))}
+        return {'image': tv_tensors.Image(image), 'mask': mask}
+
+    def mask(self, record: int) -> SemanticMask:
+        """Class ids (H, W) of a record, without its picture."""
+        return SemanticMask(torch.from_numpy(self._ids(self.partner_file(record))))
 
     def finish(self, sample: Sample) -> tuple[Tensor, dict[str, Any]]:
         return sample['image'].as_subclass(Tensor), {'mask': sample['mask'].as_subclass(Tensor).long()}

@@ -3,7 +3,17 @@
 from .accuracy import Accuracy
 from .base import Metric
 from .coco import CocoMetric
+from .panoptic import PanopticMetric
 from .restoration import RestorationMetric, psnr, ssim
 from .segmentation import SegmentationMetric
 
-__all__ = ['Accuracy', 'CocoMetric', 'Metric', 'RestorationMetric', 'SegmentationMetric', 'psnr', 'ssim']
+__all__ = [
+    'Accuracy',
+    'CocoMetric',
+    'Metric',
+    'PanopticMetric',
+    'RestorationMetric',
+    'SegmentationMetric',
+    'psnr',
+    'ssim',
+]

@@ -24,7 +24,8 @@ class CocoMetric(Metric):
     word for "no object of this size in the ground truth". Only images that were processed are evaluated.
 
     Results need `boxes` (N, 4) xyxy in pixels of the original picture, `scores` (N,), `labels` (N,) in 0..K-1, and for
-    'segm' `masks` (N, H, W) bool at the original size. `dataset_meta` needs `ann_file` and `category_ids`.
+    'segm' `masks` (N, H, W) bool at the original size. `dataset_meta` needs `ann_file` and `category_ids`, in the order
+    of the labels; None stands for a class that the file does not hold (stuff of a panoptic dataset).
 
     Args:
         iou_types: 'bbox', 'segm' or both.
@@ -70,6 +71,11 @@ class CocoMetric(Metric):
         metrics = {}
         for kind in self.iou_types:
             key = 'bbox' if kind == 'bbox' else 'segmentation'
+            for label in {int(label) for measurement in measurements for label in measurement['labels']}:
+                if category_ids[label] is None:
+                    raise ValueError(
+                        f'label {label} of a detected object is stuff, which {self._meta("ann_file")} lacks'
+                    )
             detections = [
                 {
                     'image_id': measurement['image_id'],
@@ -82,7 +88,9 @@ class CocoMetric(Metric):
                     measurement['labels'], measurement['scores'], measurement[kind], strict=True
                 )
             ]
-            evaluation = self._evaluate(truth, detections, kind, image_ids, category_ids)
+            evaluation = self._evaluate(
+                truth, detections, kind, image_ids, [number for number in category_ids if number is not None]
+            )
             for name, position in _STATS.items():
                 metrics[f'coco/{kind}_{name}'] = float(evaluation.stats[position])
             if self.classwise:
@@ -111,12 +119,12 @@ class CocoMetric(Metric):
             evaluation.summarize()
         return evaluation
 
-    def _load(self) -> tuple[COCO, list[int]]:
+    def _load(self) -> tuple[COCO, list[int | None]]:
         file = str(self._meta('ann_file'))
         if self._truth is None or self._truth[0] != file:
             with contextlib.redirect_stdout(io.StringIO()):
                 self._truth = file, COCO(file)
-        return self._truth[1], [int(number) for number in self._meta('category_ids')]
+        return self._truth[1], [None if number is None else int(number) for number in self._meta('category_ids')]
 
     def _meta(self, key: str) -> Any:
         if not self.dataset_meta or key not in self.dataset_meta:
