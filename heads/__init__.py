@@ -9,6 +9,7 @@ from .classification import LinearClassifier, OwnClassifier
 from .efficientvit_seg import EfficientViTSeg
 from .fcos import FCOS
 from .fpn import FPN
+from .kmax import KMaXDeepLab
 from .maskrcnn import MaskRCNN
 from .pyramid import FeatureInfo, PyramidInfo
 from .restoration import UNetRestorer
@@ -20,6 +21,7 @@ __all__ = [
     'FPN',
     'EfficientViTSeg',
     'FeatureInfo',
+    'KMaXDeepLab',
     'LinearClassifier',
     'MaskRCNN',
     'OwnClassifier',

@@ -1,5 +1,6 @@
 """The transformer decoder of kMaX-DeepLab (Yu et al. 2022, arXiv:2207.04044): queries are cluster centres, and
-cross-attention is one step of k-means. Each pixel belongs to the query of its largest mask logit, each query gains the sum of its pixels.
+cross-attention is one step of k-means. Each pixel belongs to the query of its largest mask logit, and each query gains
+the sum of its pixels.
 
 Written from the paper and from facts of bytedance/kmax-deeplab (Apache 2.0). The assignment is hard, so no gradient
 passes it: the predictor of every layer is supervised instead.
@@ -15,6 +16,7 @@ from timm.layers import DropPath, trunc_normal_tf_
 from torch import Tensor, nn
 
 from .kmax_pixel_decoder import ConvNorm, batch_norm, corners
+from .universal import full_precision
 
 # B batch, C channels, H W size of a map, Q queries, K classes, h heads, d head width
 
@@ -61,7 +63,7 @@ class Predictor(nn.Module):
 
 
 class QueryAttention(nn.Module):
-    """Self-attention of the queries: scores are normalised per head instead of scaled; GELU of the normalised result."""
+    """Self-attention of the queries: scores are normalised per head, not scaled; GELU of the normalised result."""
 
     def __init__(self, value_depth: int, num_heads: int):
         super().__init__()
@@ -70,7 +72,8 @@ class QueryAttention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """(B, h, d, Q) each -> (B, h d, Q)."""
-        weights = self.batch_norm_similarity(query.transpose(2, 3) @ key).float().softmax(-1).to(value.dtype)
+        scores = self.batch_norm_similarity(query.transpose(2, 3) @ key)
+        weights = full_precision(scores).softmax(-1).to(value.dtype)
         return F.gelu(self.batch_norm_retrieved_value((value @ weights.transpose(2, 3)).flatten(1, 2)))
 
 
@@ -121,11 +124,12 @@ class KMaXLayer(nn.Module):
 
 
 def assign(masks: Tensor, values: Tensor) -> Tensor:
-    """Sum over each query's pixels: masks (B, Q, H, W), values (B, C, HW) -> (B, C, Q), in float32."""
+    """Sum over each query's pixels: masks (B, Q, H, W), values (B, C, HW) -> (B, C, Q), in float32 at least."""
     owner = masks.flatten(2).argmax(1)  # (B, HW)
     owned = owner[:, None] == torch.arange(masks.shape[1], device=masks.device)[:, None]  # (B, Q, HW)
     with torch.autocast(values.device.type, enabled=False):
-        return values.float() @ owned.float().transpose(1, 2)
+        values = full_precision(values)
+        return values @ owned.to(values.dtype).transpose(1, 2)
 
 
 class KMaXDecoder(nn.Module):
@@ -150,9 +154,7 @@ class KMaXDecoder(nn.Module):
         super().__init__()
         coarse_first = list(in_channels)[::-1]
         if not 1 <= len(depths) <= len(coarse_first):
-            raise ValueError(
-                f'decoder_depths must name layers for 1 to {len(coarse_first)} maps, got {tuple(depths)}'
-            )
+            raise ValueError(f'decoder_depths must name layers for 1 to {len(coarse_first)} maps, got {tuple(depths)}')
         self.depths = tuple(depths)
         self.align_corners = align_corners
         self.kmax_transformer_layers = nn.ModuleList(
@@ -175,9 +177,7 @@ class KMaXDecoder(nn.Module):
             for _ in range(depth):
                 query, prediction = next(layers)(query, x)
                 predictions.append(prediction)
-        last = self.predictor(
-            self.mask_embedding_projection(query), self.class_embedding_projection(query), maps[0]
-        )
+        last = self.predictor(self.mask_embedding_projection(query), self.class_embedding_projection(query), maps[0])
         return [*predictions, last]
 
     def resized(self, prediction: Prediction, size: Sequence[int]) -> Prediction:

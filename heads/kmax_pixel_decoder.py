@@ -14,6 +14,7 @@ from timm.layers import DropPath, LayerNorm2d, trunc_normal_tf_
 from torch import Tensor, nn
 
 from .pyramid import FeatureInfo, PyramidInfo, choose
+from .universal import full_precision
 
 # B batch, C channels, H W size of a map, L length of one axis, h heads, d head width
 
@@ -124,7 +125,8 @@ class AxialAttention(nn.Module):
             ],
             1,
         )
-        weights = self.batch_norm_similarity(scores).unflatten(1, (3, heads)).sum(1).float().softmax(-1).to(value.dtype)
+        scores = self.batch_norm_similarity(scores).unflatten(1, (3, heads)).sum(1)
+        weights = full_precision(scores).softmax(-1).to(value.dtype)
         content = value @ weights.transpose(2, 3)
         position = torch.einsum('nhqk,qkd->nhdq', weights, self.value_rpe(length))
         out = self.batch_norm_retrieved_output(torch.cat([content, position], 1).flatten(1, 2))
@@ -150,7 +152,7 @@ class AxialAttention2d(nn.Module):
 
 
 class Block(nn.Module):
-    """GELU, then a residual branch of 1x1, axial attention or a 3x3 convolution, 1x1; the shortcut starts at the GELU."""
+    """GELU, then a residual branch: 1x1, axial attention or a 3x3 convolution, 1x1; the shortcut starts at the GELU."""
 
     def __init__(self, in_channels: int, channels: int, *, kind: str, drop_path: float):
         super().__init__()

@@ -1,5 +1,5 @@
-"""What heads share that answer with masks and classes of queries: one prediction is read as a semantic map, as instances
-and as a panoptic map (Cheng et al. 2021, MaskFormer, arXiv:2107.06278; Yu et al. 2022, kMaX-DeepLab, arXiv:2207.04044).
+"""What heads share that answer with masks and classes of queries: one prediction is read as a semantic map, as
+instances and as a panoptic map (MaskFormer, Cheng et al. 2021, arXiv:2107.06278; kMaX-DeepLab, arXiv:2207.04044).
 
 Targets and results: see `segments`. A result holds `mask` (semantic), `boxes`, `labels`, `scores`, `masks` (instances)
 and `panoptic`, `segment_labels`, `segment_scores`, so each task's own evaluator reads it.
@@ -85,7 +85,7 @@ class UniversalHead(nn.Module):
 
     def enlarge(self, masks: Tensor, padded: Size, sizes: Sequence[Size]) -> Tensor:
         """Mask logits (B, Q, h, w) at the size of the pictures."""
-        return F.interpolate(masks.float(), size=padded, mode='bilinear', align_corners=False)
+        return F.interpolate(full_precision(masks), size=padded, mode='bilinear', align_corners=False)
 
     # ---------------------------------------------------------------- what all share
 
@@ -129,7 +129,7 @@ class UniversalHead(nn.Module):
                 if original_sizes is not None and tuple(original_sizes[i]) != (height, width):
                     size = tuple(original_sizes[i])
                     logits = F.interpolate(logits, size=size, mode='bilinear', align_corners=False)
-                classes_, masks_ = classes[i].float().softmax(-1), self.mask_probabilities(logits[0])
+                classes_, masks_ = full_precision(classes[i]).softmax(-1), self.mask_probabilities(logits[0])
                 for task in tasks:
                     results[i] |= self._read(task, classes_, masks_)
         return results
@@ -138,10 +138,13 @@ class UniversalHead(nn.Module):
         if task == 'semantic':
             return {'mask': semantic_map(classes, masks).argmax(0)}
         if task == 'instance':
-            return instances(
-                classes, masks, things=self.things, threshold=self.mask_threshold, limit=self.detections
-            )
+            return instances(classes, masks, things=self.things, threshold=self.mask_threshold, limit=self.detections)
         return dict(zip(('panoptic', 'segment_labels', 'segment_scores'), self.panoptic(classes, masks), strict=True))
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """float32 where it is less."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def semantic_map(classes: Tensor, masks: Tensor) -> Tensor:
@@ -202,8 +205,7 @@ def panoptic_by_argmax(
     sure = masks.gather(0, owner[None])[0] >= 0.5
     won = owner.flatten().bincount(minlength=len(scores))
     own = (masks >= 0.5).flatten(1).sum(1)
-    seen = (owner * sure - (~sure).long()).flatten() + 1
-    seen = seen.bincount(minlength=len(scores) + 1)[1:]
+    seen = owner[sure].bincount(minlength=len(scores))
     accepted = (seen > 0) & (won >= overlap_threshold * own)
     number, chosen = _numbers(labels, accepted, things)
     return torch.where(sure, number[owner], 0), labels[chosen], scores[chosen]
@@ -247,7 +249,8 @@ def panoptic_in_order(
 
 def _numbers(labels: Tensor, accepted: Tensor, things: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The segment's number of each query, 0 for none, and the query that each segment takes its class from."""
-    number, chosen, stuff = [0] * len(labels), [], {}
+    number, chosen = [0] * len(labels), []
+    stuff: dict[int, int] = {}
     for query, (label, yes) in enumerate(zip(labels.tolist(), accepted.tolist())):
         if not yes:
             continue
@@ -259,4 +262,6 @@ def _numbers(labels: Tensor, accepted: Tensor, things: Sequence[int]) -> tuple[T
         if label not in things:
             stuff[label] = len(chosen)
     device = labels.device
-    return torch.tensor(number, device=device, dtype=torch.int64), torch.tensor(chosen, device=device, dtype=torch.int64)
+    return torch.tensor(number, device=device, dtype=torch.int64), torch.tensor(
+        chosen, device=device, dtype=torch.int64
+    )
