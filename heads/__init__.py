@@ -10,6 +10,7 @@ from .efficientvit_seg import EfficientViTSeg
 from .fcos import FCOS
 from .fpn import FPN
 from .kmax import KMaXDeepLab
+from .mask2former import Mask2Former
 from .maskrcnn import MaskRCNN
 from .pyramid import FeatureInfo, PyramidInfo
 from .restoration import UNetRestorer
@@ -23,6 +24,7 @@ __all__ = [
     'FeatureInfo',
     'KMaXDeepLab',
     'LinearClassifier',
+    'Mask2Former',
     'MaskRCNN',
     'OwnClassifier',
     'PyramidInfo',
