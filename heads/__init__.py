@@ -6,6 +6,8 @@ tensors), `loss(features, targets)` (a dict of scalars; keys that start with `lo
 """
 
 from .classification import LinearClassifier, OwnClassifier
+from .deformable_detr import DeformableDETR
+from .detr import DETR
 from .efficientvit_seg import EfficientViTSeg
 from .fcos import FCOS
 from .fpn import FPN
@@ -18,8 +20,10 @@ from .retinanet import RetinaNet
 from .semantic_fpn import SemanticFPN
 
 __all__ = [
+    'DETR',
     'FCOS',
     'FPN',
+    'DeformableDETR',
     'EfficientViTSeg',
     'FeatureInfo',
     'KMaXDeepLab',

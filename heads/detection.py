@@ -202,9 +202,8 @@ def top_candidates(
         start += length
     index = torch.cat(kept, 1)
     anchor = torch.div(index, classes, rounding_mode='floor')
-    rows = anchor[..., None].expand(-1, -1, 4)
-    chosen = anchors.expand(scores.shape[0], -1, -1).gather(1, rows)
-    return offsets.gather(1, rows), chosen, torch.cat(values, 1), index % classes
+    chosen = pick(anchors.expand(scores.shape[0], -1, -1), anchor)
+    return pick(offsets, anchor), chosen, torch.cat(values, 1), index % classes
 
 
 def best_equal(
@@ -229,7 +228,12 @@ def best_equal(
     keep = suppress(apart(boxes, labels), scores, nms)
     best, index = torch.where(keep, scores, -1.0).topk(min(limit, scores.shape[1]), 1)
     best = torch.where(best > score_threshold, best, 0.0)
-    return boxes.gather(1, index[..., None].expand(-1, -1, 4)), best, labels.gather(1, index)
+    return pick(boxes, index), best, labels.gather(1, index)
+
+
+def pick(rows: Tensor, index: Tensor) -> Tensor:
+    """(B, N, C), (B, M) -> (B, M, C): those rows of each picture."""
+    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))
 
 
 def finish(
@@ -264,6 +268,11 @@ def centres_inside(anchors: Tensor, size: Size) -> Tensor:
     """(N,) bool: anchors whose centre lies on the valid part of the picture."""
     x, y = (anchors[:, 0] + anchors[:, 2]) / 2, (anchors[:, 1] + anchors[:, 3]) / 2
     return (x < size[1]) & (y < size[0])
+
+
+def pair(size: Sequence[int]) -> Size:
+    """(h, w) as two ints, whatever holds them."""
+    return int(size[0]), int(size[1])
 
 
 def check_thresholds(**values: float) -> None:

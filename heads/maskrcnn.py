@@ -176,7 +176,7 @@ class MaskRCNN(nn.Module):
         padded = self.inputs.padded_size(features)
         inside = [self._inside_target(t, i, padded) for i, t in enumerate(targets)]
         truth = det.gather_targets(inside, self.num_classes, objectness.device)
-        sizes = [_pair(t.get('size', padded)) for t in targets]
+        sizes = [det.pair(t.get('size', padded)) for t in targets]
         proposals, losses = self.rpn.propose(features, objectness, offsets, sizes, truth)
         # Background is class 0 from here on.
         split = zip(truth.real.split(truth.counts), truth.labels[:-1].split(truth.counts), inside)
@@ -213,12 +213,12 @@ class MaskRCNN(nn.Module):
         """One {'boxes' (n, 4) xyxy, 'scores' (n,), 'labels' (n,), 'masks' (n, H, W) bool} per picture, best first."""
         objectness, offsets = (x.float() for x in self(features))
         check_sizes(sizes, len(objectness), self.inputs.padded_size(features), original_sizes)
-        sizes = [_pair(size) for size in sizes]
+        sizes = [det.pair(size) for size in sizes]
         heads, maps = self.roi_heads, self._roi_maps(features)
         proposals, _ = self.rpn.propose(features, objectness, offsets, sizes, None)
         logits, box_offsets = heads.box_predictor(heads.box_head(heads.box_roi_pool(maps, proposals, sizes)))
         boxes, scores, labels = heads.postprocess_detections(logits.float(), box_offsets.float(), proposals, sizes)
-        shapes = [_pair(size) for size in (original_sizes or sizes)]
+        shapes = [det.pair(size) for size in (original_sizes or sizes)]
         results = [
             {'boxes': det.rescale(b, size, shape), 'scores': s, 'labels': label - 1}
             for b, s, label, size, shape in zip(boxes, scores, labels, sizes, shapes)
@@ -248,7 +248,7 @@ class MaskRCNN(nn.Module):
         boxes = heads.box_coder.decode_single(deltas.float(), proposals.flatten(0, 1)).view(batch, count, -1, 4)
         scores = logits.float().softmax(-1).view(batch, count, -1)[..., 1:] * real[..., None]
         scores, index = scores.flatten(1).topk(min(det.CANDIDATES, count * self.num_classes), 1)
-        boxes = boxes[:, :, 1:].flatten(1, 2).gather(1, index[..., None].expand(-1, -1, 4))
+        boxes = det.pick(boxes[:, :, 1:].flatten(1, 2), index)
         return clip_boxes_to_image(boxes, padded), scores, index % self.num_classes
 
     def decode_masks(self, features: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> Tensor:
@@ -329,9 +329,8 @@ class Proposals(RegionProposalNetwork):
         for anchors in self.anchor_generator.on(features):
             stop = start + len(anchors)
             score, index = objectness[:, start:stop].topk(min(self.pre_nms_top_n(), len(anchors)), 1)
-            rows = index[..., None].expand(-1, -1, 4)
-            near = anchors.expand(objectness.shape[0], -1, -1).gather(1, rows)
-            moved = offsets[:, start:stop].gather(1, rows)
+            near = det.pick(anchors.expand(objectness.shape[0], -1, -1), index)
+            moved = det.pick(offsets[:, start:stop], index)
             boxes = self.box_coder.decode_single(moved.flatten(0, 1), near.flatten(0, 1)).view(moved.shape)
             boxes = clip_boxes_to_image(boxes, size)
             large = ((boxes[..., 2:] - boxes[..., :2]) >= self.min_size).all(-1)
@@ -340,9 +339,5 @@ class Proposals(RegionProposalNetwork):
             kept.append(boxes)
             start = stop
         rank, index = torch.cat(ranks, 1).topk(min(self.post_nms_top_n(), sum(level.shape[1] for level in kept)), 1)
-        chosen = torch.cat(kept, 1).gather(1, index[..., None].expand(-1, -1, 4))
+        chosen = det.pick(torch.cat(kept, 1), index)
         return chosen, (rank >= 0).to(chosen.dtype)
-
-
-def _pair(size: Sequence[int]) -> Size:
-    return int(size[0]), int(size[1])

@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..heads.detection import CANDIDATES, best_equal
+from ..heads.detection import CANDIDATES, best_equal, pick
 from ..kernels import suppress, suppress_by_products
 from .tasks import Detector, ImageClassifier, Restorer, Segmentor, Task
 
@@ -101,7 +101,7 @@ class Deployable(nn.Module):
             return boxes, scores, labels.int()
         if self.nms == 'products' and scores.shape[1] > CANDIDATES:
             scores, index = scores.topk(CANDIDATES, 1)
-            boxes, labels = boxes.gather(1, index[..., None].expand(-1, -1, 4)), labels.gather(1, index)
+            boxes, labels = pick(boxes, index), labels.gather(1, index)
         boxes, scores, labels = best_equal(boxes, scores, labels, suppress=inside, **thresholds(head))
         masks = (head.decode_masks(features, boxes, labels),) if self.masks else ()
         return boxes, scores, labels.int(), *masks
