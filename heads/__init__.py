@@ -14,6 +14,7 @@ from .fpn import FPN
 from .kmax import KMaXDeepLab
 from .mask2former import Mask2Former
 from .maskrcnn import MaskRCNN
+from .oneformer import OneFormer
 from .pyramid import FeatureInfo, PyramidInfo
 from .restoration import UNetRestorer
 from .retinanet import RetinaNet
@@ -30,6 +31,7 @@ __all__ = [
     'LinearClassifier',
     'Mask2Former',
     'MaskRCNN',
+    'OneFormer',
     'OwnClassifier',
     'PyramidInfo',
     'RetinaNet',
