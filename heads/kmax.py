@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from . import kmax_loss
 from .kmax_decoder import KMaXDecoder, Prediction, SemanticPredictor
 from .kmax_pixel_decoder import ConvNorm, KMaXPixelDecoder
-from .pyramid import FeatureInfo, Size, choose
+from .pyramid import FeatureInfo, choose
 from .segments import IGNORE
-from .universal import Segments, UniversalHead, full_precision, panoptic_in_order
+from .universal import Segments, UniversalHead, full_precision
 
 # B batch, Q queries, K classes, M segments of the fullest picture, H W pixels, h w those of the finest map
 
@@ -82,9 +82,13 @@ class KMaXDeepLab(UniversalHead):
             num_classes=num_classes,
             things=things,
             tasks=tasks,
+            rule='order',
+            mask_threshold=mask_threshold,
             score_threshold=thing_threshold,
+            stuff_threshold=stuff_threshold,
             overlap_threshold=overlap_threshold,
             detections=detections,
+            align_corners=align_corners,
         )
         self.align_corners = align_corners
         self.weights = {'class': class_weight, 'mask': mask_weight, 'dice': dice_weight, 'pixel': pixel_weight}
@@ -92,8 +96,6 @@ class KMaXDeepLab(UniversalHead):
         self.samples = samples
         self.semantic_samples = semantic_samples
         self.share_matching = share_matching
-        self.mask_threshold = mask_threshold
-        self.stuff_threshold = stuff_threshold
         self.pixel_decoder = KMaXPixelDecoder(
             feature_info=self.inputs,
             depths=depths,
@@ -186,7 +188,7 @@ class KMaXDeepLab(UniversalHead):
         padded = self.inputs.padded_size(features)
         sizes = [tuple(target['mask'].shape) for target in targets]
         segments = self.gather(targets, padded, ['panoptic'] * len(targets))
-        start = 0 if self._aligned(padded, sizes) else stride // 2
+        start = 0 if self.reader.aligned(padded, sizes) else stride // 2
         at = (..., slice(start, None, stride), slice(start, None, stride))
         masks = segments.masks[at]
         lost = segments.masks.flatten(2).any(2) & ~masks.flatten(2).any(2)  # thinner than the stride
@@ -196,40 +198,6 @@ class KMaXDeepLab(UniversalHead):
         for row, target in zip(labels, targets):
             row[: target['mask'].shape[0], : target['mask'].shape[1]] = target['mask']
         return segments._replace(masks=masks), labels[at]
-
-    def _aligned(self, padded: Size, sizes: Sequence[Sequence[int]]) -> bool:
-        """Whether corners are aligned: as said, else whether the batch is as wide as 32 k + 1 pictures are."""
-        if self.align_corners is not None:
-            return self.align_corners
-        stride = self.inputs.reduction()[0]
-        return max(width for _, width in sizes) == padded[1] - stride + 1
-
-    # ---------------------------------------------------------------- decoding
-
-    def answers(self, features: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        answer = self(features)
-        return dict.fromkeys(self.tasks, answer)
-
-    def mask_probabilities(self, masks: Tensor) -> Tensor:
-        return masks.softmax(0)
-
-    def enlarge(self, masks: Tensor, padded: Size, sizes: Sequence[Size]) -> Tensor:
-        if self._aligned(padded, sizes):
-            rim = self.inputs.reduction()[0] - 1
-            padded = (padded[0] - rim, padded[1] - rim)
-            return F.interpolate(full_precision(masks), size=padded, mode='bilinear', align_corners=True)
-        return super().enlarge(masks, padded, sizes)
-
-    def panoptic(self, classes: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return panoptic_in_order(
-            classes,
-            masks,
-            things=self.things,
-            thing_threshold=self.score_threshold,
-            stuff_threshold=self.stuff_threshold,
-            overlap_threshold=self.overlap_threshold,
-            mask_threshold=self.mask_threshold,
-        )
 
 
 def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from .mask2former_pixel_decoder import DeformablePixelDecoder
 from .mask_loss import Points, Weights
 from .pyramid import FeatureInfo, choose
 from .segments import KINDS
-from .universal import Segments, UniversalHead, full_precision, panoptic_by_argmax
+from .universal import Segments, UniversalHead, full_precision
 
 # B batch, Q queries, K classes, L predictions of the decoder, H W pixels, h w those of the finest map
 
@@ -47,14 +47,17 @@ class MaskHead(UniversalHead):
             num_classes=num_classes,
             things=things,
             tasks=tasks,
+            rule='argmax',
+            mask_threshold=0.5,
             score_threshold=score_threshold,
+            stuff_threshold=score_threshold,
             overlap_threshold=overlap_threshold,
             detections=detections,
         )
-        if points.count < 1 or points.oversample < 1 or not 0 <= points.important <= 1:
+        if points.number < 1 or points.oversample < 1 or not 0 <= points.important <= 1:
             raise ValueError(
-                f'num_points and oversample must be at least 1 and important in [0, 1], got num_points={points.count}, '
-                f'oversample={points.oversample}, important={points.important}'
+                f'loss_points and oversample must be at least 1 and important in [0, 1], got '
+                f'loss_points={points.number}, oversample={points.oversample}, important={points.important}'
             )
         self.weights = weights
         self.points = points
@@ -67,7 +70,7 @@ class MaskHead(UniversalHead):
             masks: L times (B, Q, h, w) logits.
         """
         class_logits, mask_logits = full_precision(torch.stack(list(classes))), full_precision(torch.stack(list(masks)))
-        points = torch.rand(len(segments.counts), self.points.count, 2, device=mask_logits.device)
+        points = torch.rand(len(segments.counts), self.points.number, 2, device=mask_logits.device)
         matched = mask_loss.match(class_logits, mask_logits, segments, points.to(mask_logits.dtype), self.weights)
         total = mask_loss.average_total(sum(segments.counts), mask_logits.device)
         if any(segments.counts):
@@ -84,18 +87,6 @@ class MaskHead(UniversalHead):
             **{name: value[-1] for name, value in terms.items()},
             **{f'{name}_aux': value[:-1].sum() for name, value in terms.items()},
         }
-
-    def mask_probabilities(self, masks: Tensor) -> Tensor:
-        return masks.sigmoid()
-
-    def panoptic(self, classes: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return panoptic_by_argmax(
-            classes,
-            masks,
-            things=self.things,
-            score_threshold=self.score_threshold,
-            overlap_threshold=self.overlap_threshold,
-        )
 
 
 class Mask2Former(MaskHead):
@@ -198,9 +189,6 @@ class Mask2Former(MaskHead):
         """See `set_losses`."""
         segments = self.gather(targets, self.inputs.padded_size(features), [self.kind] * len(targets))
         return self.set_losses(*self.predictions(features), segments)
-
-    def answers(self, features: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        return dict.fromkeys(self.tasks, self(features))
 
 
 _RENAMES = (

@@ -5,6 +5,7 @@ Written from the paper and from facts of facebookresearch/Mask2Former (MIT).
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -116,9 +117,9 @@ class MaskedDecoder(nn.Module):
             raise ValueError(f'channels must be a multiple of num_heads={num_heads}, got {channels}')
         self.channels = channels
         count = positive('num_layers', num_layers)
-        attention = {'channels': channels, 'num_heads': num_heads, 'pre_norm': pre_norm}
-        self.cross_attention = nn.ModuleList(Attention(**attention) for _ in range(count))
-        self.self_attention = nn.ModuleList(Attention(**attention) for _ in range(count))
+        attention = partial(Attention, channels=channels, num_heads=num_heads, pre_norm=pre_norm)
+        self.cross_attention = nn.ModuleList(attention() for _ in range(count))
+        self.self_attention = nn.ModuleList(attention() for _ in range(count))
         self.feed_forward = nn.ModuleList(
             FeedForward(channels=channels, hidden=hidden, pre_norm=pre_norm) for _ in range(count)
         )

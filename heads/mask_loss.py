@@ -31,7 +31,7 @@ class Points(NamedTuple):
     """How masks are sampled: points per mask; of oversample times as many random ones the most uncertain are taken,
     as a share `important` of the points, the others are random."""
 
-    count: int = 12544
+    number: int = 12544
     oversample: float = 3.0
     important: float = 0.75
 
@@ -133,11 +133,11 @@ def _real(segments: Segments) -> tuple[Tensor, Tensor]:
 def uncertain_points(logits: Tensor, how: Points) -> Tensor:
     """Points (T, P, 2) where logits (T, 1, h, w) are near zero, and random ones."""
     number = len(logits)
-    drawn = torch.rand(number, int(how.count * how.oversample), 2, device=logits.device, dtype=logits.dtype)
-    important = int(how.count * how.important)
+    drawn = torch.rand(number, int(how.number * how.oversample), 2, device=logits.device, dtype=logits.dtype)
+    important = int(how.number * how.important)
     index = sample(logits, drawn)[:, 0].abs().topk(important, dim=1, largest=False, sorted=False).indices
     chosen = drawn.gather(1, index[..., None].expand(-1, -1, 2))
-    others = torch.rand(number, how.count - important, 2, device=logits.device, dtype=logits.dtype)
+    others = torch.rand(number, how.number - important, 2, device=logits.device, dtype=logits.dtype)
     return torch.cat([chosen, others], 1)
 
 

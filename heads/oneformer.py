@@ -113,6 +113,8 @@ class OneFormer(MaskHead):
         score_threshold, overlap_threshold, detections: decoding.
     """
 
+    task_tokens: Tensor
+
     def __init__(
         self,
         *,
@@ -203,11 +205,11 @@ class OneFormer(MaskHead):
         self.register_buffer('task_tokens', tokens.float(), persistent=False)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """List of maps -> for each of `tasks`, logits of classes (T, B, Q, K + 1), no object last, and of masks
-        (T, B, Q, h, w)."""
+        """List of maps -> for each of `tasks`, logits of classes (B, T, Q, K + 1), no object last, and of masks
+        (B, T, Q, h, w)."""
         maps = self.pixel_decoder(features)
-        answers = [self.decode(maps, self.task([task] * len(maps.mask)))[:2] for task in self.tasks]
-        return torch.stack([classes[-1] for classes, _ in answers]), torch.stack([masks[-1] for _, masks in answers])
+        answers = [self.decode(maps, self.task([task] * len(maps.mask)))[:2] for task in self.reader.tasks]
+        return torch.stack([c[-1] for c, _ in answers], 1), torch.stack([m[-1] for _, m in answers], 1)
 
     def task(self, names: Sequence[str]) -> Tensor:
         """Tokens (B, C) of the tasks' names."""
@@ -247,9 +249,6 @@ class OneFormer(MaskHead):
         if self.prompt_ctx is None:
             return vectors
         return torch.cat([vectors, self.prompt_ctx.weight.expand(len(rows), -1, -1)], 1)
-
-    def answers(self, features: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        return {task: (classes, masks) for task, classes, masks in zip(self.tasks, *self(features))}
 
 
 _PHOTO = {'semantic': 'a semantic photo', 'instance': 'an instance photo', 'panoptic': 'a panoptic photo'}

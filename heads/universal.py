@@ -29,14 +29,113 @@ class Segments(NamedTuple):
     counts: list[int]
 
 
+class Reader(NamedTuple):
+    """How logits become results: plain numbers, which an exported file carries in its metadata.
+
+    rule: 'argmax', masks are sigmoids and each pixel goes to the best query (MaskFormer); or 'order', masks are a
+        softmax over the queries, which take pixels one after the other (kMaX-DeepLab).
+    stride: of the mask logits, in input pixels.
+    things, tasks: see UniversalHead.
+    mask_threshold: probability from which on a pixel belongs to an instance.
+    score_threshold, stuff_threshold: class probability that the panoptic map asks for; that of stuff in 'order' alone.
+    overlap_threshold, detections: see UniversalHead.
+    align_corners: of the enlargement; None: where a batch is as wide as the maps of 32 k + 1 pixels are.
+    """
+
+    rule: str
+    stride: int
+    things: tuple[int, ...]
+    tasks: tuple[str, ...]
+    mask_threshold: float
+    score_threshold: float
+    stuff_threshold: float
+    overlap_threshold: float
+    detections: int
+    align_corners: bool | None = False
+
+    def __call__(
+        self,
+        classes: Tensor,
+        masks: Tensor,
+        sizes: Sequence[Size],
+        original_sizes: Sequence[Size] | None = None,
+    ) -> list[dict[str, Tensor]]:
+        """One result per picture.
+
+        Args:
+            classes: (B, Q, K + 1) logits, no object last; (B, T, Q, K + 1) where each task has its own.
+            masks: (B, Q, h, w) or (B, T, Q, h, w) logits.
+            sizes, original_sizes: (height, width) of each picture inside the batch, and of the results.
+        """
+        results: list[dict[str, Tensor]] = []
+        for i, (height, width) in enumerate(sizes):
+            result: dict[str, Tensor] = {}
+            for tasks, kinds, shapes in self._runs(classes[i], masks[i]):
+                logits = self.enlarge(shapes[None], sizes)[..., :height, :width]
+                if original_sizes is not None and tuple(original_sizes[i]) != (height, width):
+                    size = tuple(original_sizes[i])
+                    logits = F.interpolate(logits, size=size, mode='bilinear', align_corners=False)
+                probability = logits[0].sigmoid() if self.rule == 'argmax' else logits[0].softmax(0)
+                for task in tasks:
+                    result |= self._read(task, full_precision(kinds).softmax(-1), probability)
+            results.append(result)
+        return results
+
+    def _runs(self, classes: Tensor, masks: Tensor) -> list[tuple[Sequence[str], Tensor, Tensor]]:
+        if classes.ndim == 2:
+            return [(self.tasks, classes, masks)]
+        return [([task], *answer) for task, answer in zip(self.tasks, zip(classes, masks), strict=True)]
+
+    def aligned(self, padded: Size, sizes: Sequence[Sequence[int]]) -> bool:
+        """Whether corners are aligned: as said, else by the width of the widest picture."""
+        if self.align_corners is not None:
+            return self.align_corners
+        return max(width for _, width in sizes) == padded[1] - self.stride + 1
+
+    def enlarge(self, masks: Tensor, sizes: Sequence[Size]) -> Tensor:
+        """Mask logits (B, Q, h, w) at the size of the pictures."""
+        padded = (masks.shape[-2] * self.stride, masks.shape[-1] * self.stride)
+        aligned = self.aligned(padded, sizes)
+        if aligned:
+            padded = (padded[0] - self.stride + 1, padded[1] - self.stride + 1)
+        return F.interpolate(full_precision(masks), size=padded, mode='bilinear', align_corners=aligned)
+
+    def _read(self, task: str, classes: Tensor, masks: Tensor) -> dict[str, Tensor]:
+        if task == 'semantic':
+            return {'mask': semantic_map(classes, masks).argmax(0)}
+        if task == 'instance':
+            return instances(classes, masks, things=self.things, threshold=self.mask_threshold, limit=self.detections)
+        if self.rule == 'argmax':
+            found = panoptic_by_argmax(
+                classes,
+                masks,
+                things=self.things,
+                score_threshold=self.score_threshold,
+                overlap_threshold=self.overlap_threshold,
+            )
+        else:
+            found = panoptic_in_order(
+                classes,
+                masks,
+                things=self.things,
+                thing_threshold=self.score_threshold,
+                stuff_threshold=self.stuff_threshold,
+                overlap_threshold=self.overlap_threshold,
+                mask_threshold=self.mask_threshold,
+            )
+        return dict(zip(('panoptic', 'segment_labels', 'segment_scores'), found, strict=True))
+
+
 class UniversalHead(nn.Module):
-    """Base of the heads. A subclass gives logits of classes (B, Q, K + 1), no object last, and of masks (B, Q, h, w).
+    """Base of the heads. `forward` of a subclass gives logits of classes (B, Q, K + 1), no object last, and of masks
+    (B, Q, h, w), or (B, T, ...) where each task is answered by itself.
 
     Args:
         feature_info: channels and strides of the maps.
         num_classes: K, things and stuff together.
         things: ids of the classes that are objects, or how many of the first classes are.
         tasks: what `predict` answers: 'semantic', 'instance', 'panoptic'.
+        rule, mask_threshold, stuff_threshold, align_corners: of decoding, see Reader.
         score_threshold: a query takes part in the panoptic map if its class probability exceeds this.
         overlap_threshold: share of its own pixels that a segment must keep in the panoptic map.
         detections: instances per picture.
@@ -49,45 +148,40 @@ class UniversalHead(nn.Module):
         num_classes: int,
         things: int | Sequence[int],
         tasks: Sequence[str],
+        rule: str,
+        mask_threshold: float,
         score_threshold: float,
+        stuff_threshold: float,
         overlap_threshold: float,
         detections: int,
+        align_corners: bool | None = False,
     ):
         super().__init__()
         self.inputs = PyramidInfo.of(feature_info)
         self.num_classes = positive('num_classes', num_classes)
-        self.things = tuple(range(things)) if isinstance(things, int) else tuple(sorted(set(things)))
-        if self.things and not 0 <= self.things[0] <= self.things[-1] < num_classes:
+        things_ = tuple(range(things)) if isinstance(things, int) else tuple(sorted(set(things)))
+        if things_ and not 0 <= things_[0] <= things_[-1] < num_classes:
             raise ValueError(f'things must be class ids 0..{num_classes - 1}, or how many of them, got {things}')
         if not tasks or any(task not in KINDS for task in tasks):
             raise ValueError(f'tasks must be some of {KINDS}, got {tuple(tasks)}')
-        self.tasks = tuple(tasks)
-        check_thresholds(score_threshold=score_threshold, overlap_threshold=overlap_threshold)
-        self.score_threshold = score_threshold
-        self.overlap_threshold = overlap_threshold
-        self.detections = positive('detections', detections)
-
-    # ---------------------------------------------------------------- what a head defines
-
-    def answers(self, features: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Logits of classes and masks for each of `tasks`; tasks may share one tuple."""
-        raise NotImplementedError
-
-    def mask_probabilities(self, masks: Tensor) -> Tensor:
-        """(Q, H, W) logits -> probabilities."""
-        raise NotImplementedError
-
-    def panoptic(self, classes: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Probabilities (Q, K + 1), (Q, H, W) -> map (H, W), labels (S,), scores (S,)."""
-        raise NotImplementedError
-
-    mask_threshold = 0.5  # probability from which on a pixel belongs to an instance
-
-    def enlarge(self, masks: Tensor, padded: Size, sizes: Sequence[Size]) -> Tensor:
-        """Mask logits (B, Q, h, w) at the size of the pictures."""
-        return F.interpolate(full_precision(masks), size=padded, mode='bilinear', align_corners=False)
-
-    # ---------------------------------------------------------------- what all share
+        check_thresholds(
+            mask_threshold=mask_threshold,
+            score_threshold=score_threshold,
+            stuff_threshold=stuff_threshold,
+            overlap_threshold=overlap_threshold,
+        )
+        self.reader = Reader(
+            rule,
+            self.inputs.reduction()[0],
+            things_,
+            tuple(tasks),
+            mask_threshold,
+            score_threshold,
+            stuff_threshold,
+            overlap_threshold,
+            positive('detections', detections),
+            align_corners,
+        )
 
     def gather(self, targets: Sequence[Mapping[str, Any]], padded: Size, kinds: Sequence[str]) -> Segments:
         """The segments of a batch, each picture's of its kind, on a canvas of the padded size.
@@ -95,7 +189,9 @@ class UniversalHead(nn.Module):
         Raises:
             ValueError: a class id that is none, or a picture larger than the batch.
         """
-        found = [segments(target, things=self.things, kind=kind) for target, kind in zip(targets, kinds, strict=True)]
+        found = [
+            segments(target, things=self.reader.things, kind=kind) for target, kind in zip(targets, kinds, strict=True)
+        ]
         counts = [len(labels) for labels, _ in found]
         device = found[0][0].device
         labels = torch.zeros((len(found), max(counts)), dtype=torch.int64, device=device)
@@ -118,28 +214,9 @@ class UniversalHead(nn.Module):
         self, features: Sequence[Tensor], sizes: Sequence[Size], original_sizes: Sequence[Size] | None = None
     ) -> list[dict[str, Tensor]]:
         """One result per picture, of `original_sizes` where given, else of `sizes`; `tasks` says what is in it."""
-        padded = self.inputs.padded_size(features)
-        check_sizes(sizes, len(features[0]), padded, original_sizes)
-        answers = self.answers(features)
-        results: list[dict[str, Tensor]] = [{} for _ in sizes]
-        for classes, masks in dict.fromkeys(answers.values()):
-            tasks = [task for task in self.tasks if answers[task][1] is masks]
-            for i, (height, width) in enumerate(sizes):
-                logits = self.enlarge(masks[i : i + 1], padded, sizes)[..., :height, :width]
-                if original_sizes is not None and tuple(original_sizes[i]) != (height, width):
-                    size = tuple(original_sizes[i])
-                    logits = F.interpolate(logits, size=size, mode='bilinear', align_corners=False)
-                classes_, masks_ = full_precision(classes[i]).softmax(-1), self.mask_probabilities(logits[0])
-                for task in tasks:
-                    results[i] |= self._read(task, classes_, masks_)
-        return results
-
-    def _read(self, task: str, classes: Tensor, masks: Tensor) -> dict[str, Tensor]:
-        if task == 'semantic':
-            return {'mask': semantic_map(classes, masks).argmax(0)}
-        if task == 'instance':
-            return instances(classes, masks, things=self.things, threshold=self.mask_threshold, limit=self.detections)
-        return dict(zip(('panoptic', 'segment_labels', 'segment_scores'), self.panoptic(classes, masks), strict=True))
+        check_sizes(sizes, len(features[0]), self.inputs.padded_size(features), original_sizes)
+        classes, masks = self(features)
+        return self.reader(classes, masks, sizes, original_sizes)
 
 
 def full_precision(x: Tensor) -> Tensor:

@@ -259,10 +259,10 @@ def test_aligned_pictures_are_sampled_and_enlarged_at_their_corners():
     assert segments.masks.shape[-2:] == labels.shape[-2:] == (17, 25)
     assert segments.masks[0, 0].nonzero().tolist() == [[0, 0]]  # the very pixel, not one nearby
     masks = torch.arange(17.0)[:, None].expand(1, 1, 17, 25)
-    enlarged = head.enlarge(masks, (68, 100), [size])
+    enlarged = head.reader.enlarge(masks, [size])
     assert enlarged.shape[-2:] == size
     torch.testing.assert_close(enlarged[0, 0, :, 0], torch.arange(65.0) / 4)
-    assert head.enlarge(masks, (68, 100), [(68, 100)]).shape[-2:] == (68, 100)
+    assert head.reader.enlarge(masks, [(68, 100)]).shape[-2:] == (68, 100)
 
 
 def test_distances_beyond_the_table_take_its_ends():

@@ -273,7 +273,7 @@ ERRORS = [
     (lambda: small(channels=18), 'channels must be a multiple of 4'),
     (lambda: small(num_heads=3), 'channels must be a multiple of num_heads=3, got 16'),
     (lambda: small(num_levels=5), 'needs three maps or more and num_levels of them, got 4 maps, num_levels=5'),
-    (lambda: small(important=2), r'important in \[0, 1\], got num_points=50, oversample=3.0, important=2'),
+    (lambda: small(important=2), r'important in \[0, 1\], got loss_points=50, oversample=3.0, important=2'),
     (lambda: small(num_queries=0), 'num_queries must be at least 1, got 0'),
     (lambda: small(score_threshold=3), r'score_threshold must be in \[0, 1\], got 3'),
     (lambda: small().loss(maps(1), [target(stuff=7)]), r'class ids must be 0\.\.4, or 255 in mask, got 7'),
