@@ -6,9 +6,11 @@ tensors), `loss(features, targets)` (a dict of scalars; keys that start with `lo
 """
 
 from .classification import LinearClassifier, OwnClassifier
+from .deeplabv3plus import DeepLabV3Plus
 from .deformable_detr import DeformableDETR
 from .detr import DETR
 from .efficientvit_seg import EfficientViTSeg
+from .fcn import FCN
 from .fcos import FCOS
 from .fpn import FPN
 from .kmax import KMaXDeepLab
@@ -18,12 +20,18 @@ from .oneformer import OneFormer
 from .pyramid import FeatureInfo, PyramidInfo
 from .restoration import UNetRestorer
 from .retinanet import RetinaNet
+from .sbcb import SBCB
+from .segformer import SegFormerHead
 from .semantic_fpn import SemanticFPN
+from .upernet import UPerNet
 
 __all__ = [
     'DETR',
+    'FCN',
     'FCOS',
     'FPN',
+    'SBCB',
+    'DeepLabV3Plus',
     'DeformableDETR',
     'EfficientViTSeg',
     'FeatureInfo',
@@ -35,6 +43,8 @@ __all__ = [
     'OwnClassifier',
     'PyramidInfo',
     'RetinaNet',
+    'SegFormerHead',
     'SemanticFPN',
     'UNetRestorer',
+    'UPerNet',
 ]

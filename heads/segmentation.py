@@ -26,6 +26,7 @@ class SegmentationHead(nn.Module):
             `class_weight`, which may be changed during training.
         dice_weight, lovasz_weight: factors of two region losses that thin or rare classes need; 0 leaves them out.
         average: 'valid' divides the cross-entropy by the (weighted) known pixels, 'all' by all pixels.
+        loss_weight: factor of all terms, for an auxiliary head.
     """
 
     class_weight: Tensor | None
@@ -40,6 +41,7 @@ class SegmentationHead(nn.Module):
         dice_weight: float = 0.0,
         lovasz_weight: float = 0.0,
         average: str = 'valid',
+        loss_weight: float = 1.0,
     ):
         super().__init__()
         self.inputs = PyramidInfo.of(feature_info)
@@ -47,6 +49,7 @@ class SegmentationHead(nn.Module):
         self.ignore_index = ignore_index
         self.dice_weight = dice_weight
         self.lovasz_weight = lovasz_weight
+        self.loss_weight = loss_weight
         self.average = choose('average', average, ('valid', 'all'))
         if 0 <= ignore_index < num_classes:
             raise ValueError(f'ignore_index must not be a class id (0..{num_classes - 1}), got {ignore_index}')
@@ -59,7 +62,13 @@ class SegmentationHead(nn.Module):
         """{'loss_seg', 'loss_dice', 'loss_lovasz': as asked for, 'pixel_accuracy': of known pixels, logged only}."""
         padded = self.inputs.padded_size(features)
         logits = resize(self(features), padded).float()
-        labels = self._gather_masks([t['mask'] for t in targets], padded, logits.device)
+        labels = gather_masks(
+            [t['mask'] for t in targets],
+            padded,
+            num_classes=self.num_classes,
+            ignore_index=self.ignore_index,
+            device=logits.device,
+        )
         known = labels != self.ignore_index
         weight = None if self.class_weight is None else self.class_weight.to(logits)
         total = F.cross_entropy(logits, labels, weight, ignore_index=self.ignore_index, reduction='sum')
@@ -74,6 +83,7 @@ class SegmentationHead(nn.Module):
             losses['loss_dice'] = self.dice_weight * soft_dice(logits, labels, known)
         if self.lovasz_weight:
             losses['loss_lovasz'] = self.lovasz_weight * lovasz_softmax(logits, labels, known)
+        losses = {name: self.loss_weight * value for name, value in losses.items()}
         with torch.no_grad():
             losses['pixel_accuracy'] = ((logits.argmax(1) == labels) & known).sum() / known.sum().clamp(min=1)
         return losses
@@ -93,23 +103,35 @@ class SegmentationHead(nn.Module):
             results.append({'mask': valid[0].argmax(0)})
         return results
 
-    def _gather_masks(self, masks: Sequence[Tensor], padded: Size, device: torch.device) -> Tensor:
-        """Masks of a batch in one (B, H, W) int64 tensor, padded with ignore_index; ValueError for impossible ones."""
-        batch = torch.full((len(masks), *padded), self.ignore_index, dtype=torch.int64, device=device)
-        for i, mask in enumerate(masks):
-            height, width = mask.shape
-            if height > padded[0] or width > padded[1]:
-                raise ValueError(f'mask must not be larger than the padded batch {padded}, got {(height, width)}')
-            batch[i, :height, :width] = mask
-        wrong = (batch != self.ignore_index) & ((batch < 0) | (batch >= self.num_classes))
-        if wrong.any():
-            raise ValueError(
-                f'mask values must be 0..{self.num_classes - 1} or ignore_index={self.ignore_index}, '
-                f'got {int(batch[wrong][0])}'
-            )
-        return batch
+
+def gather_masks(
+    masks: Sequence[Tensor], padded: Size, *, num_classes: int, ignore_index: int, device: torch.device
+) -> Tensor:
+    """Masks of a batch in one (B, H, W) int64 tensor, padded with ignore_index; ValueError for impossible ones."""
+    batch = torch.full((len(masks), *padded), ignore_index, dtype=torch.int64, device=device)
+    for i, mask in enumerate(masks):
+        height, width = mask.shape
+        if height > padded[0] or width > padded[1]:
+            raise ValueError(f'mask must not be larger than the padded batch {padded}, got {(height, width)}')
+        batch[i, :height, :width] = mask
+    wrong = (batch != ignore_index) & ((batch < 0) | (batch >= num_classes))
+    if wrong.any():
+        raise ValueError(
+            f'mask values must be 0..{num_classes - 1} or ignore_index={ignore_index}, got {int(batch[wrong][0])}'
+        )
+    return batch
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear, to (height, width)."""
     return x if x.shape[-2:] == torch.Size(size) else F.interpolate(x, size=size, mode='bilinear', align_corners=False)
+
+
+def convert(state: Mapping[str, Any], part: str = 'decode_head') -> dict[str, Any]:
+    """The entries of one head of a MMSegmentation checkpoint, under our names, which are theirs without the head's.
+
+    Args:
+        state: the whole state dict.
+        part: 'decode_head', or 'auxiliary_head' (with '.0', '.1' where there are several).
+    """
+    return {key.removeprefix(f'{part}.'): value for key, value in state.items() if key.startswith(f'{part}.')}

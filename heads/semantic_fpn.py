@@ -13,22 +13,9 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .pyramid import FeatureInfo, norm_layer, positive
+from .conv import ConvNormReLU
+from .pyramid import FeatureInfo, positive
 from .segmentation import SegmentationHead, resize
-
-
-class ConvNormReLU(nn.Module):
-    """3x3 convolution without bias, norm, ReLU."""
-
-    def __init__(self, in_channels: int, out_channels: int, norm: str):
-        super().__init__()
-        layer = norm_layer(norm)
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=layer is None)
-        self.bn = layer(out_channels) if layer else nn.Identity()
-        nn.init.kaiming_normal_(self.conv.weight, mode='fan_out', nonlinearity='relu')
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(x)))
 
 
 class SemanticFPN(SegmentationHead):
@@ -77,7 +64,7 @@ class SemanticFPN(SegmentationHead):
                 raise ValueError(f'SemanticFPN needs strides that are the first times a power of two, got {strides}')
             layers: list[nn.Module] = []
             for i in range(max(1, int(doublings))):
-                layers.append(ConvNormReLU(width if i == 0 else channels, channels, norm))
+                layers.append(ConvNormReLU(width if i == 0 else channels, channels, norm=norm))
                 if doublings:
                     layers.append(nn.Upsample(scale_factor=2, mode='bilinear', align_corners=False))
             self.scale_heads.append(nn.Sequential(*layers))

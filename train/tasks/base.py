@@ -7,7 +7,7 @@ features become a loss and a result.
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,8 @@ class Task(BaseModel):
         head: dict(type=<head>, ...), or a module; it gets `feature_info` of the neck (or of the backbone).
         neck: dict(type=FPN, ...), or a module, or None.
         preprocess: dict(type=Preprocess, ...), or None for float images in [0, 1] without padding.
+        auxiliary: {name: dict(type=<head>, ...) or a module}: heads on the backbone's maps that only add terms to the
+            loss, called loss_<name>_...; predictions and exports do not run them.
         grad_checkpointing: recompute the backbone's activations in the backward pass (less memory, more time).
     """
 
@@ -55,6 +57,7 @@ class Task(BaseModel):
         head: dict[str, Any] | nn.Module,
         neck: dict[str, Any] | nn.Module | None = None,
         preprocess: dict[str, Any] | nn.Module | None = None,
+        auxiliary: Mapping[str, dict[str, Any] | nn.Module] | None = None,
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__(data_preprocessor=Preprocess() if preprocess is None else preprocess)
@@ -64,6 +67,8 @@ class Task(BaseModel):
         feature_info = None if classifier else getattr(self.backbone, 'feature_info', None)
         self.neck = None if neck is None else build_part(neck, feature_info)
         self.head = build_part(head, getattr(self.neck, 'feature_info', feature_info))
+        parts = {name: build_part(part, feature_info) for name, part in (auxiliary or {}).items()}
+        self.auxiliary = nn.ModuleDict(parts)
         if grad_checkpointing:
             self.backbone.set_grad_checkpointing(True)
         if getattr(self.data_preprocessor, 'memory_format', None) is torch.channels_last:
@@ -78,18 +83,17 @@ class Task(BaseModel):
         if self.neck is not None:
             self.neck.compile(**options)
 
-    def extract_features(self, images: Tensor) -> Any:
-        """(B, C, H, W) float -> what the head takes: a list of maps, or a classifier's logits."""
-        features = self.backbone(images)
-        return features if self.neck is None else self.neck(features)
-
     def forward(self, images: Tensor, targets: Any = None, mode: str = 'tensor') -> Any:
         """images (B, C, H, W) normalised float; targets: a list of B dicts (see densezoo.data), None for 'tensor'."""
         if mode not in MODES:
             raise ValueError(f'mode must be one of {MODES}, got {mode=}')
-        features = self.extract_features(images)
+        maps = self.backbone(images)
+        features = maps if self.neck is None else self.neck(maps)
         if mode == 'loss':
-            return self.losses(features, images, targets)
+            losses = self.losses(features, images, targets)
+            for name, head in self.auxiliary.items():
+                losses |= _under(name, head.loss(maps, targets))
+            return losses
         if mode == 'predict':
             return self.results(features, images, targets)
         return self.tensors(features, images)
@@ -115,3 +119,11 @@ class Task(BaseModel):
         if len(losses) > 1:
             logged.update((name, value.detach()) for name, value in losses.items())
         return total, logged
+
+
+def _under(name: str, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The terms of an auxiliary head under its name: loss_seg -> loss_<name>_seg, pixel_accuracy -> <name>_..."""
+    return {
+        f'loss_{name}_{key.removeprefix("loss_")}' if key.startswith('loss') else f'{name}_{key}': value
+        for key, value in losses.items()
+    }
