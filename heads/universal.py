@@ -53,7 +53,7 @@ class Reader(NamedTuple):
     detections: int
     align_corners: bool | None = False
 
-    def __call__(
+    def results(
         self,
         classes: Tensor,
         masks: Tensor,
@@ -216,7 +216,7 @@ class UniversalHead(nn.Module):
         """One result per picture, of `original_sizes` where given, else of `sizes`; `tasks` says what is in it."""
         check_sizes(sizes, len(features[0]), self.inputs.padded_size(features), original_sizes)
         classes, masks = self(features)
-        return self.reader(classes, masks, sizes, original_sizes)
+        return self.reader.results(classes, masks, sizes, original_sizes)
 
 
 def full_precision(x: Tensor) -> Tensor:

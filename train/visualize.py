@@ -17,10 +17,14 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.io import write_png
 
+from ..heads.segments import panoptic_map
+
 _LEGIBLE = 256  # shorter side of a panel that needs no enlargement
 _BAND = 22  # height of a caption
 _FONT = 15
 _RIGHT, _WRONG, _PLAIN = (24, 120, 48), (190, 30, 30), (45, 45, 45)
+
+_TRUTH = ('mask', 'masks', 'labels', 'iscrowd')
 
 Metainfo = Mapping[str, Any]
 
@@ -40,7 +44,8 @@ def draw(
         image: (3, H, W) or (1, H, W) uint8 or float in [0, 1], or uint8 (H, W, 3): as given to the network, before
             normalisation; it is scaled to `target['original_size']`, to which results refer.
         result: what a task's `predict` returned: classification (`label`, `scores`), detection (`boxes`, `labels`,
-            `scores`, perhaps `masks`), segmentation (`mask`) or restoration (`image`).
+            `scores`, perhaps `masks`), segmentation (`mask`), universal segmentation (`panoptic`, `segment_labels`, and
+            what else it holds) or restoration (`image`).
         target: the dataset's target, or None.
         metainfo: the dataset's `classes` and `palette`; numbers and generated colours without.
         score_threshold: detections below it are not drawn.
@@ -50,6 +55,8 @@ def draw(
         uint8 (h, w, 3): panels side by side under their captions.
     """
     pixels, target, metainfo = as_pixels(image), target or {}, metainfo or {}
+    if 'panoptic' in result:
+        return _draw_panoptic(pixels, result, target, metainfo)
     if 'boxes' in result:
         return _draw_detection(pixels, result, target, metainfo, score_threshold, max_boxes)
     if 'mask' in result:
@@ -58,7 +65,7 @@ def draw(
         return _draw_restoration(pixels, result, target)
     if 'label' in result:
         return _draw_classification(pixels, result, target, metainfo)
-    raise ValueError(f"a result holds 'boxes', 'mask', 'image' or 'label', got {sorted(result)}")
+    raise ValueError(f"a result holds 'panoptic', 'boxes', 'mask', 'image' or 'label', got {sorted(result)}")
 
 
 def save_pictures(
@@ -168,7 +175,7 @@ def curves(rows: Iterable[Mapping[str, Any]] | str | Path, path: str | Path) -> 
     figure.savefig(path, dpi=100)
 
 
-# -------------------------------------------------------------------------------------------- the four kinds
+# -------------------------------------------------------------------------------------------- the five kinds
 
 
 def _draw_detection(
@@ -215,6 +222,28 @@ def _draw_segmentation(
     if 'mask' in target:
         truth = _resized(_array(target['mask']).astype(np.int32), height, width, Image.Resampling.NEAREST)
         panels.append(_under(_regions(ground, factor, truth, metainfo), 'truth'))
+    return _beside(panels)
+
+
+def _draw_panoptic(
+    pixels: np.ndarray, result: Mapping[str, Any], target: Mapping[str, Any], metainfo: Metainfo
+) -> np.ndarray:
+    """Segments in their classes' colours with rims between them; the semantic map where there is one; the truth."""
+    ids = _array(result['panoptic'])
+    height, width = ids.shape
+    ground, factor = _enlarged(_resized(pixels, height, width), Image.Resampling.LANCZOS)
+    labels = _array(result['segment_labels'])
+    panels = [
+        _under(ground, 'picture'),
+        _under(_segments(ground, factor, ids, labels, metainfo), f'panoptic: {len(labels)} segments'),
+    ]
+    if 'mask' in result:
+        panels.append(_under(_regions(ground, factor, _array(result['mask']), metainfo), 'semantic'))
+    if 'mask' in target and 'masks' in target and 'things' in metainfo:
+        parts = {name: torch.as_tensor(value) for name, value in target.items() if name in _TRUTH}
+        truth = panoptic_map(parts, things=metainfo['things'])
+        numbers = _resized(_array(truth.ids).astype(np.int32), height, width, Image.Resampling.NEAREST)
+        panels.append(_under(_segments(ground, factor, numbers, _array(truth.labels), metainfo), 'truth'))
     return _beside(panels)
 
 
@@ -312,6 +341,18 @@ def _regions(ground: np.ndarray, factor: int, mask: np.ndarray, metainfo: Metain
         canvas[where] = 0.4 * grey[where] + 0.6 * colour
         canvas[_rim(where)] = colour
     return canvas.clip(0, 255).astype(np.uint8)
+
+
+def _segments(ground: np.ndarray, factor: int, ids: np.ndarray, labels: np.ndarray, metainfo: Metainfo) -> np.ndarray:
+    """The classes' colours, and a rim around each segment, 1..S."""
+    classes = np.concatenate([[255], labels])[ids]
+    canvas = _regions(ground, factor, classes, metainfo)
+    large = ids.repeat(factor, 0).repeat(factor, 1)
+    for number, label in enumerate(labels, 1):
+        colour = _colour(metainfo, int(label))
+        if any(colour):
+            canvas[_rim(large == number)] = colour
+    return canvas
 
 
 def _rim(mask: np.ndarray) -> np.ndarray:
