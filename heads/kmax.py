@@ -115,6 +115,10 @@ class KMaXDeepLab(UniversalHead):
         self.auxiliary = choose('auxiliary', auxiliary, ('decoder', 'simple', 'none'))
         self.auxiliary_semantic_predictor = self._auxiliary(num_classes)
 
+    def no_weight_decay(self) -> set[str]:
+        """Cluster centres and tables of distances."""
+        return {'*cluster_centers*', '*_rpe*'}
+
     def _auxiliary(self, num_classes: int) -> nn.Module | None:
         widths = self.inputs.channels()[::-1]
         if self.auxiliary == 'simple':

@@ -170,7 +170,7 @@ class KMaXDecoder(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> list[Prediction]:
         """Decoded maps, finest first -> predictions at their own sizes, the last one at the finest."""
-        query = self.cluster_centers.weight.expand(len(maps[0]), -1, -1)
+        query = self.cluster_centers.weight.expand(maps[0].shape[0], -1, -1)
         predictions = []
         layers = iter(self.kmax_transformer_layers)
         for depth, x in zip(self.depths, reversed(maps)):

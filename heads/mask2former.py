@@ -41,6 +41,7 @@ class MaskHead(UniversalHead):
         score_threshold: float,
         overlap_threshold: float,
         detections: int,
+        sub_pixel: int,
     ):
         super().__init__(
             feature_info=feature_info,
@@ -53,6 +54,7 @@ class MaskHead(UniversalHead):
             stuff_threshold=score_threshold,
             overlap_threshold=overlap_threshold,
             detections=detections,
+            sub_pixel=sub_pixel,
         )
         if points.number < 1 or points.oversample < 1 or not 0 <= points.important <= 1:
             raise ValueError(
@@ -61,6 +63,10 @@ class MaskHead(UniversalHead):
             )
         self.weights = weights
         self.points = points
+
+    def no_weight_decay(self) -> set[str]:
+        """Tables of queries, levels and tokens, as published."""
+        return {'*query_feat*', '*query_embed*', '*level_embed*', '*token_embedding*', '*prompt_ctx*', '*logit_scale'}
 
     def set_losses(self, classes: Sequence[Tensor], masks: Sequence[Tensor], segments: Segments) -> dict[str, Tensor]:
         """'loss_class', 'loss_mask', 'loss_dice' of the last prediction, and '_aux' summed over those before.
@@ -101,7 +107,7 @@ class Mask2Former(MaskHead):
         encoder_layers, encoder_hidden: of the pixel decoder, on num_levels maps.
         decoder_layers, hidden: of the transformer decoder.
         num_heads, num_points: of attention, and of deformable attention.
-        dropout: in the pixel decoder.
+        dropout, sub_pixel: of the pixel decoder; masks are sub_pixel times finer than the first map.
         pre_norm, project: see MaskedDecoder.
         class_weight, mask_weight, dice_weight, no_object: of the losses and the matching.
         loss_points, oversample, important: points per mask, see mask_loss.Points.
@@ -126,6 +132,7 @@ class Mask2Former(MaskHead):
         num_heads: int = 8,
         num_points: int = 4,
         dropout: float = 0.0,
+        sub_pixel: int = 1,
         pre_norm: bool = False,
         project: bool = False,
         class_weight: float = 2.0,
@@ -150,6 +157,7 @@ class Mask2Former(MaskHead):
             score_threshold=score_threshold,
             overlap_threshold=overlap_threshold,
             detections=detections,
+            sub_pixel=sub_pixel,
         )
         self.kind = choose('kind', kind, KINDS)
         self.pixel_decoder = DeformablePixelDecoder(
@@ -162,6 +170,7 @@ class Mask2Former(MaskHead):
             num_heads=num_heads,
             num_points=num_points,
             dropout=dropout,
+            sub_pixel=sub_pixel,
         )
         self.predictor = MaskedDecoder(
             num_classes=num_classes,

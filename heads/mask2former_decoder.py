@@ -149,7 +149,7 @@ class MaskedDecoder(nn.Module):
         place = self.query_embed.weight
         if start is None:
             assert self.query_feat is not None
-            start = self.query_feat.weight.expand(len(mask_features), -1, -1)
+            start = self.query_feat.weight.expand(mask_features.shape[0], -1, -1)
         query = start
         classes, masks = [], []
         for i in range(len(self.cross_attention) + 1):

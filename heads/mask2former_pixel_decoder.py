@@ -18,7 +18,8 @@ from .transformer import DeformableEncoderLayer, sine_positions
 
 
 class PixelMaps(NamedTuple):
-    """`mask` (B, mask_channels, H, W) at the finest stride; `levels`: three maps (B, C, H_i, W_i), coarsest first."""
+    """`mask` (B, mask_channels, H, W), of the finest stride or finer; `levels`: three maps (B, C, H_i, W_i), coarsest
+    first."""
 
     mask: Tensor
     levels: list[Tensor]
@@ -53,6 +54,8 @@ class DeformablePixelDecoder(nn.Module):
         feature_info: channels and strides of the maps, finest first.
         channels: C, of the encoder.
         mask_channels: of the map for masks.
+        sub_pixel: that map has r x r values per cell of the finest one (sub-pixel convolution, arXiv 1609.05158): for
+            outlines thinner than its stride; 1 as published.
         num_levels: the coarsest maps, which are encoded.
         num_layers: of the encoder.
         hidden, num_heads, num_points, dropout: of a layer.
@@ -70,6 +73,7 @@ class DeformablePixelDecoder(nn.Module):
         num_heads: int = 8,
         num_points: int = 4,
         dropout: float = 0.0,
+        sub_pixel: int = 1,
     ):
         super().__init__()
         self.inputs = PyramidInfo.of(feature_info)
@@ -101,7 +105,8 @@ class DeformablePixelDecoder(nn.Module):
         fine = widths[: len(widths) - num_levels]
         self.adapters = nn.ModuleList(ConvGroupNorm(width, channels, 1, act=False) for width in fine)
         self.outputs = nn.ModuleList(ConvGroupNorm(channels, channels, 3, act=True) for _ in fine)
-        self.mask_features = nn.Conv2d(channels, mask_channels, 1)
+        self.sub_pixel = positive('sub_pixel', sub_pixel)
+        self.mask_features = nn.Conv2d(channels, mask_channels * sub_pixel**2, 1)
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
@@ -145,7 +150,7 @@ class DeformablePixelDecoder(nn.Module):
             lateral = adapt(x)
             above = F.interpolate(out[-1], size=lateral.shape[-2:], mode='bilinear', align_corners=False)
             out.append(finish(lateral + above))
-        return PixelMaps(self.mask_features(out[-1]), out[:3])
+        return PixelMaps(F.pixel_shuffle(self.mask_features(out[-1]), self.sub_pixel), out[:3])
 
 
 def centres(shapes: Sequence[Size], device: torch.device) -> Tensor:

@@ -82,7 +82,7 @@ class TaskDecoder(MaskedDecoder):
         height, width = mask_features.shape[-2:]
         # As published: positions are the memory, and the map is what is added to its keys.
         memory = sine_positions(height, width, self.channels, None, task.device).to(task.dtype)
-        memory = memory.expand(len(task), -1, -1)
+        memory = memory.expand(task.shape[0], -1, -1)
         keys = self.class_input_proj(mask_features).flatten(2).transpose(1, 2)
         place = self.query_embed.weight[:-1]
         query = task.expand(-1, len(place), -1)
@@ -103,6 +103,7 @@ class OneFormer(MaskHead):
         encoder_layers, encoder_hidden, num_levels, num_points: of the pixel decoder.
         decoder_layers, class_layers, hidden, num_heads: of the transformer decoder and of the one that makes queries.
         dropout: in the latter and in the pixel decoder.
+        sub_pixel: see Mask2Former.
         merges: CLIP's file of merges, for published weights (see `text`); None: bytes.
         length: tokens of a text, and inputs of the task's MLP.
         text_channels, text_layers, text_projections: width and depth of the text transformer, and layers behind it.
@@ -133,6 +134,7 @@ class OneFormer(MaskHead):
         num_heads: int = 8,
         num_points: int = 4,
         dropout: float = 0.1,
+        sub_pixel: int = 1,
         merges: str | os.PathLike[str] | None = None,
         length: int = 77,
         text_channels: int = 256,
@@ -164,6 +166,7 @@ class OneFormer(MaskHead):
             score_threshold=score_threshold,
             overlap_threshold=overlap_threshold,
             detections=detections,
+            sub_pixel=sub_pixel,
         )
         if not 0 <= context < num_queries:
             raise ValueError(f'context must be fewer than num_queries={num_queries}, got {context}')
@@ -179,6 +182,7 @@ class OneFormer(MaskHead):
             num_heads=num_heads,
             num_points=num_points,
             dropout=dropout,
+            sub_pixel=sub_pixel,
         )
         self.predictor = TaskDecoder(
             num_classes=self.num_classes,
@@ -208,8 +212,12 @@ class OneFormer(MaskHead):
         """List of maps -> for each of `tasks`, logits of classes (B, T, Q, K + 1), no object last, and of masks
         (B, T, Q, h, w)."""
         maps = self.pixel_decoder(features)
-        answers = [self.decode(maps, self.task([task] * len(maps.mask)))[:2] for task in self.reader.tasks]
-        return torch.stack([c[-1] for c, _ in answers], 1), torch.stack([m[-1] for _, m in answers], 1)
+        batch, tasks = maps.mask.shape[0], len(self.reader.tasks)
+        # All tasks as one batch of the decoder: (B T, ...), a picture's tasks side by side.
+        mask, *levels = (x[:, None].expand(-1, tasks, -1, -1, -1).flatten(0, 1) for x in (maps.mask, *maps.levels))
+        task = self.task(self.reader.tasks)[None].expand(batch, -1, -1).flatten(0, 1)
+        classes, masks, _ = self.decode(PixelMaps(mask, levels), task)
+        return classes[-1].unflatten(0, (batch, tasks)), masks[-1].unflatten(0, (batch, tasks))
 
     def task(self, names: Sequence[str]) -> Tensor:
         """Tokens (B, C) of the tasks' names."""

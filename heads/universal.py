@@ -139,6 +139,7 @@ class UniversalHead(nn.Module):
         score_threshold: a query takes part in the panoptic map if its class probability exceeds this.
         overlap_threshold: share of its own pixels that a segment must keep in the panoptic map.
         detections: instances per picture.
+        sub_pixel: masks are so many times finer than the first map.
     """
 
     def __init__(
@@ -155,6 +156,7 @@ class UniversalHead(nn.Module):
         overlap_threshold: float,
         detections: int,
         align_corners: bool | None = False,
+        sub_pixel: int = 1,
     ):
         super().__init__()
         self.inputs = PyramidInfo.of(feature_info)
@@ -172,7 +174,7 @@ class UniversalHead(nn.Module):
         )
         self.reader = Reader(
             rule,
-            self.inputs.reduction()[0],
+            self._mask_stride(sub_pixel),
             things_,
             tuple(tasks),
             mask_threshold,
@@ -182,6 +184,12 @@ class UniversalHead(nn.Module):
             positive('detections', detections),
             align_corners,
         )
+
+    def _mask_stride(self, sub_pixel: int) -> int:
+        stride = self.inputs.reduction()[0]
+        if sub_pixel < 1 or stride % sub_pixel:
+            raise ValueError(f'sub_pixel must be a divisor of the first stride {stride}, got {sub_pixel}')
+        return stride // sub_pixel
 
     def gather(self, targets: Sequence[Mapping[str, Any]], padded: Size, kinds: Sequence[str]) -> Segments:
         """The segments of a batch, each picture's of its kind, on a canvas of the padded size.

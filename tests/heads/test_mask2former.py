@@ -224,6 +224,14 @@ def test_batch_equals_singles_and_results_fit():
             assert set(result['labels'].tolist()) <= {0, 1} and (result['scores'].diff() <= 0).all()
 
 
+def test_finer_masks():
+    head = small(sub_pixel=2).eval()
+    with torch.no_grad():
+        assert head(maps())[1].shape == (2, 6, 32, 48)
+        assert head.predict(maps(1), [(60, 96)])[0]['mask'].shape == (60, 96)
+    assert all(torch.isfinite(value) for value in head.train().loss(maps(), HARD['one pixel']).values())
+
+
 def test_only_the_tasks_asked_for():
     with torch.no_grad():
         assert small(tasks=('semantic',)).eval().predict(maps(1), [(64, 96)])[0].keys() == {'mask'}
@@ -274,6 +282,7 @@ ERRORS = [
     (lambda: small(num_heads=3), 'channels must be a multiple of num_heads=3, got 16'),
     (lambda: small(num_levels=5), 'needs three maps or more and num_levels of them, got 4 maps, num_levels=5'),
     (lambda: small(important=2), r'important in \[0, 1\], got loss_points=50, oversample=3.0, important=2'),
+    (lambda: small(sub_pixel=3), 'sub_pixel must be a divisor of the first stride 4, got 3'),
     (lambda: small(num_queries=0), 'num_queries must be at least 1, got 0'),
     (lambda: small(score_threshold=3), r'score_threshold must be in \[0, 1\], got 3'),
     (lambda: small().loss(maps(1), [target(stuff=7)]), r'class ids must be 0\.\.4, or 255 in mask, got 7'),
