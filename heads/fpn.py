@@ -1,7 +1,8 @@
 """FPN: Feature Pyramid Networks (Lin et al. 2017, arXiv:1612.03144), torchvision's module behind a list interface.
 
 Keys are torchvision's (inner_blocks.i.0, layer_blocks.i.0, extra_blocks.p6); `convert` takes MMDetection's and
-MMSegmentation's names. Upsampling is nearest, to the finer map's size.
+MMSegmentation's names. Upsampling is nearest, to the finer map's size. With `mixer` every outgoing map is made by a
+token mixer in place of the 3x3 convolution, as HorNet's HorFPN does with gnConv (arXiv:2207.14284).
 """
 
 import re
@@ -10,10 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
+from .conv import MixedMap, MixerSpec
 from .pyramid import FeatureInfo, PyramidInfo, choose, norm_layer, positive
 
 
@@ -42,6 +44,8 @@ class FPN(FeaturePyramidNetwork):
         extra_source: 'p6p7' reads the last outgoing map ('output') or the backbone's last map ('input').
         extra_relu: ReLU before p7 (torchvision; MMDetection leaves it out by default).
         norm: 'none' (published), 'group' or 'batch' after every convolution.
+        mixer: dict(type=GnConv, order=2), dict(type=HiLo), or any factory of a module (B, H, W, C) -> (B, H, W, C)
+            that takes `dim`; None is the published 3x3 convolution.
 
     `feature_info` describes the outgoing maps.
     """
@@ -55,6 +59,7 @@ class FPN(FeaturePyramidNetwork):
         extra_source: str = 'output',
         extra_relu: bool = True,
         norm: str = 'none',
+        mixer: MixerSpec | None = None,
     ):
         info = PyramidInfo.of(feature_info)
         choose('extra', extra, ('none', 'maxpool', 'p6p7'))
@@ -69,6 +74,10 @@ class FPN(FeaturePyramidNetwork):
             block = P6P7(source_channels, out_channels, source=extra_source, relu=extra_relu)
             strides += [strides[-1] * 2, strides[-1] * 4]
         super().__init__(info.channels(), positive('out_channels', out_channels), block, norm_layer(norm))
+        if mixer is not None:
+            self.layer_blocks = nn.ModuleList(
+                MixedMap(mixer, out_channels, norm=norm, relu=False) for _ in info.channels()
+            )
         self.inputs = info
         self.feature_info = PyramidInfo([out_channels] * len(strides), strides)
 

@@ -90,9 +90,10 @@ class SBCB(nn.Module):
         maps = [features[level] for level in self.levels]
         semantic = self.semantic(maps[-1], size)
         shared = torch.cat([side(x, size) for side, x in zip(self.sides, maps)], 1)
-        # (B, K, L, h, w): for each class its own logit and the shared ones
-        every = torch.cat([semantic[:, :, None], shared[:, None].expand(-1, self.num_classes, -1, -1, -1)], 2)
-        return self.fuse(every.flatten(1, 2)), semantic
+        # The grouped convolution over (own, shared ...) of each class, without the map of K L channels that it reads.
+        weight = self.fuse.weight
+        fused = F.conv2d(shared, weight[:, 1:], self.fuse.bias) + weight[:, :1, 0, 0].t()[..., None, None] * semantic
+        return fused, semantic
 
     def loss(self, features: Sequence[Tensor], targets: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """{'loss_fused', 'loss_last'}: cross-entropies of the two kinds of logits with the masks' boundaries."""

@@ -13,6 +13,7 @@ to `channels` by a 1x1 convolution, where HorNet's decoder mixes while it reduce
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .conv import ConvNormReLU, MixedMap, MixerSpec
@@ -60,7 +61,10 @@ class PyramidPooling(nn.ModuleList):
                 "pool scale 1 leaves one value per channel of a single picture, which norm='batch' cannot train on; "
                 "take batches of two or more, or norm='group'"
             )
-        return torch.cat([x, *(resize(layer(x), x.shape[-2:]) for layer in self)], 1)
+        # Not `resize`: it asks whether the sizes are equal already, and an exported graph would be bound by the answer.
+        size = x.shape[-2:]
+        pooled = (F.interpolate(layer(x), size=size, mode='bilinear', align_corners=False) for layer in self)
+        return torch.cat([x, *pooled], 1)
 
 
 class UPerNet(SegmentationHead):

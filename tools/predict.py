@@ -7,8 +7,8 @@ or restored images where the task makes such, and `predictions.json`: a list wit
                                          'boxes' (xyxy pixels), 'labels', 'names', 'scores'     detection
                                          'masks' (COCO RLE)                                     ... of instances
                                          'mask' (a PNG of class ids), 'classes' {name: share}   segmentation
-                                         'panoptic' (a PNG of segment numbers), 'segments' and
-                                         what else of the above the head answers               universal segmentation
+                                         'panoptic' (a PNG of segment ids, 0: none),
+                                         'segments' [{'id', 'label', 'name'}]                   panoptic segmentation
                                          'restored' (a PNG)                                     restoration
 
 FILE.onnx and FILE.engine, which `densezoo export` writes, take the place of the checkpoint. An image that cannot be
@@ -25,7 +25,6 @@ from typing import Any
 
 from densezoo.tools.common import add_config, open_deployed, report_errors
 
-OF_INSTANCES = ('boxes', 'labels', 'scores', 'masks')
 ENDINGS = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.gif', '.ppm', '.pgm')
 
 
@@ -91,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             name = names[Path(sample['target']['file'])]
             if 'scores' in result and 'boxes' in result:
                 keep = result['scores'] >= options.score_threshold
-                result |= {key: result[key][keep] for key in OF_INSTANCES if key in result}
+                result = {key: value[keep] for key, value in result.items()}
             entries.append(predictor.describe(result, sample['target'], out, name))
             save(
                 out / f'{name}.png',

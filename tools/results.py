@@ -1,6 +1,7 @@
 """Write docs/results.md, docs/models.md, their pictures and the README's table from finished runs.
 
-for task in classification detection instance segmentation restoration classification_cct classification_dhvt; do
+for task in classification detection instance segmentation restoration classification_cct classification_dhvt \
+    segmentation_sbcb segmentation_upernet segmentation_segformer segmentation_deeplabv3plus segmentation_gnconv; do
     python tools/train.py quickstart/$task --work-dir runs/$task
 done
 for what in backbones hilo window loop pipeline peers; do
@@ -18,6 +19,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import torch
@@ -38,12 +40,40 @@ TASKS = {
     'segmentation': ('digits on photographs, 96x96', 'mIoU', 'mIoU'),
     'restoration': ('textured photographs, noise sigma 25', 'psnr_over_blur', 'dB above the best blur'),
 }
-# trained from scratch on the same digits with the same budget, one table
-DIGITS = {
-    'classification': 'CAFormer',
-    'classification_cct': 'CCT',
-    'classification_dhvt': 'DHVT',
-}
+
+
+class Comparison(NamedTuple):
+    """Runs on the same data that make one table: what differs, the figures (metric: its name there), and the rows."""
+
+    title: str
+    what: str
+    figures: dict[str, str]
+    runs: dict[str, str]
+    pictures: bool = False
+
+
+COMPARISONS = (
+    Comparison(
+        title='Small backbones from scratch',
+        what='backbone',
+        figures={'accuracy/top1': 'top-1'},
+        runs={'classification': 'CAFormer', 'classification_cct': 'CCT', 'classification_dhvt': 'DHVT'},
+    ),
+    Comparison(
+        title='Segmentation heads',
+        what='head',
+        figures={'mIoU': 'mIoU', 'boundary_F': 'boundary F'},
+        runs={
+            'segmentation': 'FPN and Semantic FPN',
+            'segmentation_sbcb': 'the same with SBCB in training',
+            'segmentation_gnconv': 'the same with gnConv in the FPN',
+            'segmentation_upernet': 'UPerNet',
+            'segmentation_segformer': "SegFormer's",
+            'segmentation_deeplabv3plus': 'DeepLabV3+',
+        },
+        pictures=True,
+    ),
+)
 MARKS = ('<!-- quickstarts:begin -->', '<!-- quickstarts:end -->')
 BENCHMARKS = {
     'backbones': 'Forward passes against timm',
@@ -110,7 +140,8 @@ def results_page(runs: Path, images: Path) -> str:
         if (run / 'curves.png').is_file():
             (images / f'{task}_curves.png').write_bytes((run / 'curves.png').read_bytes())
             lines += ['', f'![curves](images/{task}_curves.png)']
-    lines += digits_table(runs)
+    for comparison in COMPARISONS:
+        lines += comparison_lines(comparison, runs, images)
     benchmarks = [name for name in BENCHMARKS if (runs / f'benchmark_{name}.json').is_file()]
     if benchmarks:
         lines += [
@@ -125,21 +156,29 @@ def results_page(runs: Path, images: Path) -> str:
     return '\n'.join(lines) + '\n'
 
 
-def digits_table(runs: Path) -> list[str]:
-    """Lines on the runs of `DIGITS`, if there are two or more."""
-    found = [(name, runs / name / 'metrics.json') for name in DIGITS]
+def comparison_lines(comparison: Comparison, runs: Path, images: Path) -> list[str]:
+    """Lines on the runs of a comparison, if there are two or more; with their pictures where it asks for them."""
+    found = [(name, runs / name / 'metrics.json') for name in comparison.runs]
     found = [(name, path) for name, path in found if path.is_file()]
     if len(found) < 2:
         return []
-    lines = ['', '## Small backbones from scratch', '', '```']
+    lines = ['', f'## {comparison.title}', '', '```']
     lines += [f'densezoo train quickstart/{name}' for name, _ in found]
-    lines += ['```', '', '| config | backbone | top-1 | iterations | seconds |', '|---|---|---:|---:|---:|']
+    columns = ' | '.join(comparison.figures.values())
+    lines += ['```', '', f'| config | {comparison.what} | {columns} | iterations | seconds |']
+    lines += ['|---|---|' + '---:|' * (len(comparison.figures) + 2)]
     for name, path in found:
         metrics = json.loads(path.read_text())
+        figures = ' | '.join(f'{100 * metrics[metric]:.2f}' for metric in comparison.figures)
         lines.append(
-            f'| quickstart/{name} | {DIGITS[name]} | {100 * metrics["accuracy/top1"]:.2f} '
+            f'| quickstart/{name} | {comparison.runs[name]} | {figures} '
             f'| {metrics["iterations"]} | {metrics["seconds"]:.0f} |'
         )
+    for name, _ in found if comparison.pictures else ():
+        pictures = latest_pictures(runs / name, 4)
+        if name not in TASKS and pictures:  # a task's own section shows them already
+            write_sheet(pictures, images / f'{name}.jpg', 2, 1400)
+            lines += ['', f'{comparison.runs[name]}:', '', f'![predictions](images/{name}.jpg)']
     return lines
 
 

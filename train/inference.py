@@ -77,36 +77,31 @@ class Predictor:
         """A result as plain values for a JSON; images in it are written into `folder` under `name`."""
         entry: dict[str, Any] = {'file': target['file'], 'size': list(target['original_size'])}
         if 'panoptic' in result:
-            entry |= self._describe_segments(result, folder, name)
+            save_ids(folder / f'{name}_panoptic.png', result['panoptic'])
+            labels = result['segment_labels'].tolist()
+            entry['panoptic'] = f'{name}_panoptic.png'
+            entry['segments'] = [
+                {'id': number, 'label': label, 'name': self.class_name(label)} for number, label in enumerate(labels, 1)
+            ]
         if 'boxes' in result:
             entry |= {key: result[key].tolist() for key in ('boxes', 'labels', 'scores')}
             entry['names'] = [self.class_name(label) for label in entry['labels']]
             if 'masks' in result:
                 entry['masks'] = [encode_mask(mask) for mask in result['masks']]
-        if 'mask' in result:
+        elif 'mask' in result:
             mask = result['mask']
             save_ids(folder / f'{name}_mask.png', mask)
             labels, counts = mask.unique(return_counts=True)
             shares = zip(labels.tolist(), (counts / mask.numel()).tolist(), strict=True)
             entry |= {'mask': f'{name}_mask.png', 'classes': {self.class_name(label): share for label, share in shares}}
-        if 'image' in result:
+        elif 'image' in result:
             save(folder / f'{name}_restored.png', as_pixels(result['image']))
             entry['restored'] = f'{name}_restored.png'
-        if 'label' in result:
+        elif 'label' in result:
             label = int(result['label'])
             entry |= {'label': label, 'name': self.class_name(label), 'score': float(result['scores'][label])}
             entry['scores'] = result['scores'].tolist()
         return entry
-
-    def _describe_segments(self, result: Mapping[str, Any], folder: Path, name: str) -> dict[str, Any]:
-        ids, labels = result['panoptic'], result['segment_labels'].tolist()
-        save_ids(folder / f'{name}_panoptic.png', ids)
-        area = ids.flatten().bincount(minlength=len(labels) + 1).tolist()[1:]
-        segments = [
-            {'id': number, 'label': label, 'name': self.class_name(label), 'area': area[number - 1]}
-            for number, label in enumerate(labels, 1)
-        ]
-        return {'panoptic': f'{name}_panoptic.png', 'segments': segments}
 
     def class_name(self, label: int) -> str:
         classes = self.metainfo.get('classes') or ()
@@ -120,6 +115,6 @@ def encode_mask(mask: Tensor) -> dict[str, Any]:
 
 
 def save_ids(path: Path, mask: Tensor) -> None:
-    """(H, W) class ids -> a grey PNG of 8 bits, or of 16 where there are more than 256 ids."""
+    """(H, W) class ids -> a grey PNG of 8 bits, or of 16 where there are more than 256 classes."""
     deep = int(mask.max()) > 255
     Image.fromarray(mask.numpy().astype(np.uint16 if deep else np.uint8)).save(path)

@@ -24,8 +24,6 @@ _BAND = 22  # height of a caption
 _FONT = 15
 _RIGHT, _WRONG, _PLAIN = (24, 120, 48), (190, 30, 30), (45, 45, 45)
 
-_TRUTH = ('mask', 'masks', 'labels', 'iscrowd')
-
 Metainfo = Mapping[str, Any]
 
 
@@ -44,8 +42,8 @@ def draw(
         image: (3, H, W) or (1, H, W) uint8 or float in [0, 1], or uint8 (H, W, 3): as given to the network, before
             normalisation; it is scaled to `target['original_size']`, to which results refer.
         result: what a task's `predict` returned: classification (`label`, `scores`), detection (`boxes`, `labels`,
-            `scores`, perhaps `masks`), segmentation (`mask`), universal segmentation (`panoptic`, `segment_labels`, and
-            what else it holds) or restoration (`image`).
+            `scores`, perhaps `masks`), segmentation (`mask`), panoptic (`panoptic`, `segment_labels`) or restoration
+            (`image`).
         target: the dataset's target, or None.
         metainfo: the dataset's `classes` and `palette`; numbers and generated colours without.
         score_threshold: detections below it are not drawn.
@@ -175,7 +173,7 @@ def curves(rows: Iterable[Mapping[str, Any]] | str | Path, path: str | Path) -> 
     figure.savefig(path, dpi=100)
 
 
-# -------------------------------------------------------------------------------------------- the five kinds
+# -------------------------------------------------------------------------------------------- the four kinds
 
 
 def _draw_detection(
@@ -228,22 +226,14 @@ def _draw_segmentation(
 def _draw_panoptic(
     pixels: np.ndarray, result: Mapping[str, Any], target: Mapping[str, Any], metainfo: Metainfo
 ) -> np.ndarray:
-    """Segments in their classes' colours with rims between them; the semantic map where there is one; the truth."""
-    ids = _array(result['panoptic'])
+    ids, labels = _array(result['panoptic']), _array(result['segment_labels'])
     height, width = ids.shape
     ground, factor = _enlarged(_resized(pixels, height, width), Image.Resampling.LANCZOS)
-    labels = _array(result['segment_labels'])
-    panels = [
-        _under(ground, 'picture'),
-        _under(_segments(ground, factor, ids, labels, metainfo), f'panoptic: {len(labels)} segments'),
-    ]
-    if 'mask' in result:
-        panels.append(_under(_regions(ground, factor, _array(result['mask']), metainfo), 'semantic'))
-    if 'mask' in target and 'masks' in target and 'things' in metainfo:
-        parts = {name: torch.as_tensor(value) for name, value in target.items() if name in _TRUTH}
-        truth = panoptic_map(parts, things=metainfo['things'])
-        numbers = _resized(_array(truth.ids).astype(np.int32), height, width, Image.Resampling.NEAREST)
-        panels.append(_under(_segments(ground, factor, numbers, _array(truth.labels), metainfo), 'truth'))
+    panels = [_under(ground, 'picture'), _under(_segments(ground, factor, ids, labels, metainfo), 'prediction')]
+    if {'mask', 'masks', 'labels'} <= target.keys() and 'things' in metainfo:
+        truth = panoptic_map(target, things=metainfo['things'])
+        true_ids = _resized(_array(truth.ids).astype(np.int32), height, width, Image.Resampling.NEAREST)
+        panels.append(_under(_segments(ground, factor, true_ids, _array(truth.labels), metainfo), 'truth'))
     return _beside(panels)
 
 
@@ -344,12 +334,11 @@ def _regions(ground: np.ndarray, factor: int, mask: np.ndarray, metainfo: Metain
 
 
 def _segments(ground: np.ndarray, factor: int, ids: np.ndarray, labels: np.ndarray, metainfo: Metainfo) -> np.ndarray:
-    """The classes' colours, and a rim around each segment, 1..S."""
-    classes = np.concatenate([[255], labels])[ids]
-    canvas = _regions(ground, factor, classes, metainfo)
+    """`_regions` of the segments' classes, and a rim around each segment, so that touching ones stay apart."""
+    canvas = _regions(ground, factor, np.append(255, labels)[ids], metainfo)
     large = ids.repeat(factor, 0).repeat(factor, 1)
-    for number, label in enumerate(labels, 1):
-        colour = _colour(metainfo, int(label))
+    for number in range(1, len(labels) + 1):
+        colour = _colour(metainfo, int(labels[number - 1]))
         if any(colour):
             canvas[_rim(large == number)] = colour
     return canvas

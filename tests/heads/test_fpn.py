@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from densezoo.backbones.hornet import GnConv
+from densezoo.backbones.litv2 import HiLo
 from densezoo.heads import FPN, PyramidInfo
 
 INFO = PyramidInfo([16, 16, 16], [8, 16, 32])
@@ -37,3 +39,18 @@ def test_source_of_extra_levels_does_not_depend_on_widths(source, relu):
     p6 = neck.extra_blocks.p6(features[-1] if source == 'input' else out[2])
     torch.testing.assert_close(out[3], p6)
     torch.testing.assert_close(out[4], neck.extra_blocks.p7(F.relu(p6) if relu else p6))
+
+
+@pytest.mark.parametrize('extra', ['none', 'p6p7'])
+@pytest.mark.parametrize(
+    'mixer', [{'type': GnConv, 'order': 3}, {'type': HiLo, 'num_heads': 4}], ids=['gnconv', 'hilo']
+)
+def test_a_mixer_takes_the_place_of_every_output_convolution(mixer, extra):
+    neck = FPN(feature_info=INFO, out_channels=24, extra=extra, norm='group', mixer=mixer)
+    out = neck(maps((101, 133)))
+    assert [tuple(x.shape[-2:]) for x in out[:3]] == [(13, 17), (7, 9), (4, 5)]
+    neck.feature_info.check(out)
+    sum(x.square().mean() for x in out).backward()
+    assert all(p.grad is not None for p in neck.parameters())
+    convolutions = [m for m in neck.layer_blocks.modules() if isinstance(m, torch.nn.Conv2d) and m.groups == 1]
+    assert not convolutions and len(neck.layer_blocks) == 3

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.export import Dim, export
 
-from densezoo.heads import FCN, DeepLabV3Plus, PyramidInfo, SegFormerHead, SemanticFPN, UPerNet, segformer, segmentation
+from densezoo.heads import FCN, DeepLabV3Plus, PyramidInfo, SegFormerHead, UPerNet, segformer, segmentation
 from densezoo.heads.upernet import AveragePool
 
 RECORDED = PyramidInfo([64, 128, 320, 512], [4, 8, 16, 32])
@@ -69,7 +69,7 @@ def build(name, info=INFO, **options):
 # ----------------------------------------------------------------------------------------------------- goldens
 
 
-@pytest.mark.parametrize('name', GOLDENS)
+@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.slow) if '768' in n else n for n in GOLDENS])
 @torch.no_grad()
 def test_recorded_logits_and_loss(name):
     head, cases, _ = load(name)
@@ -88,7 +88,7 @@ def test_recorded_logits_and_loss(name):
     assert losses['pixel_accuracy'].item() * 100 == pytest.approx(recorded['acc_seg'], abs=0.02)
 
 
-@pytest.mark.parametrize('name', GOLDENS)
+@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.slow) if '768' in n else n for n in GOLDENS])
 def test_recorded_gradients(name):
     head, cases, golden = load(name)
     case = cases['grad']
@@ -157,7 +157,9 @@ def test_masks_that_say_little_are_trained_through(name, masks):
         assert terms['loss_seg'] == 0
 
 
-@pytest.mark.parametrize('name', HEADS)
+@pytest.mark.parametrize(
+    'name', [n if n in ('upernet', 'deeplabv3plus') else pytest.param(n, marks=pytest.mark.slow) for n in HEADS]
+)
 def test_exported_with_any_size_equals_eager(name):
     head = build(name)
     h, w = Dim('h', min=2, max=64), Dim('w', min=2, max=64)

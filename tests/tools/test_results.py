@@ -2,9 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from densezoo.tools import results
+from densezoo.train import visualize
+from densezoo.train.config import config_names
 
 
 def finish(runs, task, **metrics):
@@ -23,15 +26,31 @@ def test_tables_hold_what_the_runs_have(tmp_path):
     assert 'from scratch' not in page
 
 
-def test_small_backbones_share_a_table(tmp_path):
+def test_runs_that_compare_share_a_table(tmp_path):
+    small, heads = results.COMPARISONS
     finish(tmp_path, 'classification_cct', **{'accuracy/top1': 0.991})
-    assert results.digits_table(tmp_path) == []
+    assert results.comparison_lines(small, tmp_path, tmp_path) == []
     finish(tmp_path, 'classification_dhvt', **{'accuracy/top1': 0.982})
-    table = results.digits_table(tmp_path)
-    assert table[-2:] == [
+    assert results.comparison_lines(small, tmp_path, tmp_path)[-2:] == [
         '| quickstart/classification_cct | CCT | 99.10 | 1000 | 90 |',
         '| quickstart/classification_dhvt | DHVT | 98.20 | 1000 | 90 |',
     ]
+    for name in ('segmentation', 'segmentation_upernet'):
+        finish(tmp_path, name, mIoU=0.7, boundary_F=0.625)
+        place = tmp_path / name / 'predictions' / 'iter_000010'
+        place.mkdir(parents=True)
+        for number in range(2):
+            visualize.save(place / f'{number:03d}_a.png', np.full((20, 30, 3), 90, dtype=np.uint8))
+    lines = results.comparison_lines(heads, tmp_path, tmp_path / 'images')
+    assert '| config | head | mIoU | boundary F | iterations | seconds |' in lines
+    assert '| quickstart/segmentation_upernet | UPerNet | 70.00 | 62.50 | 1000 | 90 |' in lines
+    assert lines[-1] == '![predictions](images/segmentation_upernet.jpg)'
+    assert [file.name for file in (tmp_path / 'images').iterdir()] == ['segmentation_upernet.jpg']
+
+
+def test_every_comparison_is_of_quickstarts():
+    known = {name.removeprefix('quickstart/') for name in config_names()}
+    assert all(set(comparison.runs) <= known and comparison.figures for comparison in results.COMPARISONS)
 
 
 def test_an_empty_folder_is_refused(tmp_path, capsys):

@@ -15,7 +15,7 @@ from pycocotools import mask as run_length
 from densezoo.data.degradations import GaussianNoise, gaussian_blur
 from densezoo.train.evaluators import Accuracy, CocoMetric, RestorationMetric, SegmentationMetric, psnr, ssim
 from densezoo.train.evaluators import base as metric_base
-from densezoo.train.evaluators.segmentation import boundary_f
+from densezoo.train.evaluators.boundary import boundary_f
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / 'goldens/heads/metrics.json').read_text())
 PICTURE = torch.zeros(3, 4, 4)

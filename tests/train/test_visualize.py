@@ -110,6 +110,22 @@ def test_segmentation_beside_the_truth():
     assert (found[128:] == truth[128:]).all() and (found[:100] == truth[:100]).all()
 
 
+def test_panoptic_segments_keep_their_rims_and_stand_beside_the_truth():
+    ids = torch.zeros(128, 128, dtype=torch.int64)
+    ids[:64, :64], ids[:64, 64:], ids[64:, :64] = 1, 2, 3  # two touching objects of a class, stuff, nothing
+    meta = {'classes': 'ab', 'palette': [(0, 0, 0), (255, 0, 0)], 'things': (1,)}
+    masks = torch.stack([ids == 2, ids == 1])
+    target = {'mask': torch.where(ids == 0, 255, (masks.any(0)).long()), 'masks': masks, 'labels': torch.tensor([1, 1])}
+    picture = draw(grey(64, 64), {'panoptic': ids, 'segment_labels': torch.tensor([1, 1, 0])}, target, meta)
+    assert picture.shape == (BAND + 256, 3 * 256 + 8, 3)
+    found, truth = (picture[BAND:, x : x + 256] for x in (260, 520))
+    assert (found == truth).all()
+    assert found[60, 60, 0] > 150 and tuple(found[60, 127]) == tuple(found[60, 128]) == (255, 0, 0)
+    assert (found[200, 60] == found[200, 200]).all()  # black stuff and nothing: grey alike
+    empty = draw(grey(64, 64), {'panoptic': ids * 0, 'segment_labels': torch.zeros(0, dtype=torch.int64)}, {}, meta)
+    assert empty.shape == (BAND + 256, 2 * 256 + 4, 3)
+
+
 def test_restoration_strip():
     clean = torch.rand(3, 60, 80)
     picture = draw(clean.flip(0), {'image': clean}, {'clean': clean})
@@ -182,7 +198,7 @@ def test_curves(tmp_path):
     [
         (
             lambda: draw(grey(4, 4), {'points': 1}),
-            r"a result holds 'boxes', 'mask', 'image' or 'label', got \['points'\]",
+            r"a result holds 'panoptic', 'boxes', 'mask', 'image' or 'label', got \['points'\]",
         ),
         (
             lambda: draw(torch.zeros(2, 3, 4, 4), {'label': 0}),

@@ -2,6 +2,7 @@
 
 from .accuracy import Accuracy
 from .base import Metric
+from .boundary import BoundaryMetric
 from .coco import CocoMetric
 from .panoptic import PanopticMetric
 from .restoration import RestorationMetric, psnr, ssim
@@ -9,6 +10,7 @@ from .segmentation import SegmentationMetric
 
 __all__ = [
     'Accuracy',
+    'BoundaryMetric',
     'CocoMetric',
     'Metric',
     'PanopticMetric',

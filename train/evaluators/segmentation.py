@@ -1,13 +1,11 @@
 """Semantic segmentation: IoU, accuracies and a boundary F-score, from per-image counts."""
 
-import math
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
-import torch
 
 from .base import Metric
+from .boundary import boundary_f, checked_masks, radius_of
 
 
 class _Counts(NamedTuple):
@@ -29,7 +27,7 @@ class SegmentationMetric(Metric):
     boundary_F (Csurka et al., BMVC 2013): a boundary pixel of class c has one of its 4 neighbours in another
     class, ignored pixels and the picture's rim apart. Precision is the share of predicted boundary pixels at most `tau`
     pixels from a true one, recall the reverse, F their harmonic mean, for each class and image in which either has a
-    boundary; averaged over the images of a class, then over classes.
+    boundary; averaged over the images of a class, then over classes. BoundaryMetric takes several tolerances.
 
     Results need `mask` (H, W) class ids, targets `mask` (H, W) of the same size.
 
@@ -61,21 +59,11 @@ class SegmentationMetric(Metric):
     def measure(self, image: Any, target: dict[str, Any], result: dict[str, Any]) -> _Counts:
         """Counts of one image."""
         classes = self._classes()
-        truth = torch.as_tensor(target['mask']).detach().cpu().numpy().astype(np.int64)
-        found = torch.as_tensor(result['mask']).detach().cpu().numpy().astype(np.int64)
-        file = target.get('file', 'image')
-        if truth.shape != found.shape:
-            raise ValueError(f'{file}: the predicted mask has size {found.shape}, the truth {truth.shape}')
-        valid = truth != self.ignore_index
-        for name, ids in (('truth', truth[valid]), ('prediction', found[valid])):
-            if ids.size and not 0 <= ids.min() <= ids.max() < classes:
-                raise ValueError(
-                    f'{file}: class ids of the {name} must be 0..{classes - 1}, got {ids.min()}..{ids.max()}'
-                )
+        truth, found, valid = checked_masks(target, result, classes, self.ignore_index)
         cells, pixels = np.unique(truth[valid] * classes + found[valid], return_counts=True)
         labels, scores = [], []
         if self.boundary_tolerance is not None:
-            radius = max(1, round(self.boundary_tolerance * math.hypot(*truth.shape)))
+            radius = radius_of(self.boundary_tolerance, truth.shape)
             for label in np.union1d(truth[valid], found[valid]):
                 score = boundary_f(truth == label, found == label, valid, radius)
                 if score is not None:
@@ -112,29 +100,6 @@ class SegmentationMetric(Metric):
         if self.num_classes is None and not (self.dataset_meta or {}).get('classes'):
             raise ValueError("SegmentationMetric needs num_classes= or dataset_meta['classes']")
         return self.num_classes or len((self.dataset_meta or {})['classes'])
-
-
-def boundary_f(truth: np.ndarray, found: np.ndarray, valid: np.ndarray, radius: int) -> float | None:
-    """Boundary F-score of two boolean masks (H, W) at a tolerance of `radius` pixels; None where neither has one."""
-    edges = [_boundary(mask, valid) for mask in (truth, found)]
-    amounts = [int(edge.sum()) for edge in edges]
-    if not any(amounts):
-        return None
-    if not all(amounts):
-        return 0.0
-    across = np.arange(-radius, radius + 1)
-    disc = (across[:, None] ** 2 + across**2 <= radius**2).astype(np.uint8)
-    near_truth, near_found = (cv2.dilate(edge, disc) for edge in edges)
-    precision = float((edges[1] & near_truth).sum()) / amounts[1]
-    recall = float((edges[0] & near_found).sum()) / amounts[0]
-    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-
-
-def _boundary(mask: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """uint8 (H, W): 1 where a valid pixel of the mask has a valid neighbour outside it."""
-    cross = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]], dtype=np.uint8)
-    outside = cv2.dilate((valid & ~mask).astype(np.uint8), cross)
-    return (mask & valid).astype(np.uint8) & outside
 
 
 def _mean_ratio(part: np.ndarray, whole: np.ndarray) -> float:

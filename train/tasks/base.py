@@ -49,6 +49,7 @@ class Task(BaseModel):
 
     backbone: Any
     head: Any
+    auxiliary: Any
 
     def __init__(
         self,
