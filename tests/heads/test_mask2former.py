@@ -5,6 +5,7 @@ import probe
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.export import Dim, export
 
 from densezoo.heads import Mask2Former, PyramidInfo, mask_loss
 from densezoo.heads.mask2former import convert
@@ -274,6 +275,16 @@ def test_uncertain_points_lie_near_the_border():
     assert points.shape == (3, 200, 2)
     distance = (points[..., 0] - 0.5).abs()
     assert distance[:, :150].max() < 0.25 and distance[:, 150:].max() > 0.4
+
+
+def test_exported_equals_eager():
+    head, features = small(decoder_layers=1).eval(), maps()
+    batch = Dim('batch', min=2, max=16)
+    program = export(head, (features,), dynamic_shapes=([{0: batch} for _ in features],)).module()
+    other = [torch.cat([f, f.flip(-1)]) for f in features]
+    with torch.no_grad():
+        for ours, theirs in zip(program(other), head(other), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 ERRORS = [
