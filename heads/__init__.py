@@ -17,7 +17,10 @@ from .fcos import FCOS
 from .fpn import FPN
 from .gfl import GFL
 from .hybrid_encoder import HybridEncoder
+from .kmax import KMaXDeepLab
+from .mask2former import Mask2Former
 from .maskrcnn import MaskRCNN
+from .oneformer import OneFormer
 from .pyramid import FeatureInfo, PyramidInfo
 from .restoration import UNetRestorer
 from .retinanet import RetinaNet
@@ -42,8 +45,11 @@ __all__ = [
     'EfficientViTSeg',
     'FeatureInfo',
     'HybridEncoder',
+    'KMaXDeepLab',
     'LinearClassifier',
+    'Mask2Former',
     'MaskRCNN',
+    'OneFormer',
     'OwnClassifier',
     'PyramidInfo',
     'RetinaNet',

@@ -25,7 +25,7 @@ class SemanticFPN(SegmentationHead):
         feature_info: channels and strides of the maps; each stride the first times a power of two.
         num_classes: K; class ids are 0..K-1.
         channels: width of the branches.
-        ignore_index, class_weight, dice_weight, lovasz_weight, average: of the loss, see `SegmentationHead`.
+        ignore_index, class_weight, dice_weight, lovasz_weight, average, loss_weight: see `SegmentationHead`.
         dropout: channel dropout before the classifier.
         norm: 'batch' (published), 'group' or 'none'.
         sub_pixel: the classifier predicts r x r logits per position, so they are r times finer than the first map
@@ -46,6 +46,7 @@ class SemanticFPN(SegmentationHead):
         norm: str = 'batch',
         sub_pixel: int = 1,
         average: str = 'valid',
+        loss_weight: float = 1.0,
     ):
         super().__init__(
             feature_info=feature_info,
@@ -55,6 +56,7 @@ class SemanticFPN(SegmentationHead):
             dice_weight=dice_weight,
             lovasz_weight=lovasz_weight,
             average=average,
+            loss_weight=loss_weight,
         )
         strides = self.inputs.reduction()
         self.scale_heads = nn.ModuleList()

@@ -1,8 +1,19 @@
 """The tasks, each on a PoolFormer of four narrow blocks."""
 
 from densezoo.backbones import create_model
-from densezoo.heads import FCOS, FPN, LinearClassifier, MaskRCNN, OwnClassifier, SemanticFPN, UNetRestorer
-from densezoo.train import Detector, ImageClassifier, Preprocess, Restorer, Segmentor, Task
+from densezoo.heads import (
+    FCOS,
+    FPN,
+    KMaXDeepLab,
+    LinearClassifier,
+    Mask2Former,
+    MaskRCNN,
+    OneFormer,
+    OwnClassifier,
+    SemanticFPN,
+    UNetRestorer,
+)
+from densezoo.train import Detector, ImageClassifier, Preprocess, Restorer, Segmentor, Task, UniversalSegmentor
 
 SMALL = {'name': 'poolformer_s12', 'depths': (1, 1, 1, 1), 'dims': (8, 16, 24, 32)}
 PYRAMID = {'type': create_model, 'features_only': True, **SMALL}
@@ -44,4 +55,26 @@ def restorer() -> Task:
     return Restorer(backbone=PYRAMID, head={'type': UNetRestorer, 'channels': 8}, preprocess={'type': Preprocess})
 
 
-TASKS = [classifier, own_classifier, detector, segmentor, restorer]
+QUERIES = {'channels': 16, 'mask_channels': 8, 'encoder_layers': 1, 'encoder_hidden': 16, 'decoder_layers': 3,
+           'hidden': 16, 'num_heads': 4, 'num_queries': 8, 'loss_points': 50,
+           'things': 2, 'score_threshold': 0.0}  # fmt: skip
+
+
+def universal(**head) -> Task:
+    """Mask2Former, or another head."""
+    head = head or {'type': Mask2Former, 'num_classes': 4, **QUERIES}
+    return UniversalSegmentor(backbone=PYRAMID, head=head, preprocess=PIXELS)
+
+
+def oneformer() -> Task:
+    return universal(type=OneFormer, classes=('a', 'b', 'c', 'd'), text_channels=64, text_layers=1, class_layers=1,
+                     context=2, **QUERIES)  # fmt: skip
+
+
+def kmax() -> Task:
+    return universal(type=KMaXDeepLab, num_classes=4, things=2, num_queries=8, depths=(1, 1, 1, 1),
+                     channels=(8, 8, 8, 8), decoder_depths=(1, 1), mask_threshold=0.0, overlap_threshold=0.0,
+                     thing_threshold=0.0, stuff_threshold=0.0)  # fmt: skip
+
+
+TASKS = [classifier, own_classifier, detector, segmentor, restorer, universal, oneformer, kmax]

@@ -25,6 +25,7 @@ from typing import Any
 
 from densezoo.tools.common import add_config, open_deployed, report_errors
 
+OF_INSTANCES = ('boxes', 'labels', 'scores', 'masks')
 ENDINGS = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.gif', '.ppm', '.pgm')
 
 
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             name = names[Path(sample['target']['file'])]
             if 'scores' in result and 'boxes' in result:
                 keep = result['scores'] >= options.score_threshold
-                result = {key: value[keep] for key, value in result.items()}
+                result |= {key: result[key][keep] for key in OF_INSTANCES if key in result}
             entries.append(predictor.describe(result, sample['target'], out, name))
             save(
                 out / f'{name}.png',

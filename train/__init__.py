@@ -1,6 +1,6 @@
 """Training with mmengine: tasks, preprocessing, optimizer groups, loops, hooks, configs, the runner.
 
-from densezoo.train import Detector, ImageClassifier, Restorer, Segmentor      # model types of a config
+from densezoo.train import Detector, ImageClassifier, Restorer, Segmentor, UniversalSegmentor   # a config's model types
 from densezoo.train import build_runner, load_config
 
 build_runner(load_config("quickstart/detection"), work_dir="work_dirs/try").train()
@@ -11,7 +11,7 @@ from .loops import EpochLoop, IterLoop
 from .optim import LayerDecayConstructor, OptimWrapper
 from .preprocess import Preprocess
 from .runner import Runner, build_runner
-from .tasks import Detector, ImageClassifier, Restorer, Segmentor, Task
+from .tasks import Detector, ImageClassifier, Restorer, Segmentor, Task, UniversalSegmentor
 
 __all__ = [
     'Detector',
@@ -25,6 +25,7 @@ __all__ = [
     'Runner',
     'Segmentor',
     'Task',
+    'UniversalSegmentor',
     'build_runner',
     'find_config',
     'load_config',

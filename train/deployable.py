@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..heads.detection import CANDIDATES, best_equal, pick
 from ..kernels import suppress, suppress_by_products
-from .tasks import Detector, ImageClassifier, Restorer, Segmentor, Task
+from .tasks import Detector, ImageClassifier, Restorer, Segmentor, Task, UniversalSegmentor
 
 FORMS = ('mask', 'logits')
 # 'operator' is ONNX's NonMaxSuppression, 'products' the same in operations that TensorRT's compilers know
@@ -28,6 +28,8 @@ class Deployable(nn.Module):
     with `nms`, or of a head that needs none (`end_to_end`), the results (B, D, 4), (B, D), (B, D), best first, where
     rows that hold nothing have the score 0.
     instances: results, and masks (B, D, P, P): probabilities on a grid over each box.
+    universal: classes (B, Q, K + 1), no object last, and masks (B, Q, h, w): logits, (B, T, ...) of a head that answers
+    T tasks one by one; `heads.universal.Reader(**metadata['decoding'])` makes results of them.
     restoration: restored (B, 3, H, W) in 0..1.
 
     Args:
@@ -67,6 +69,7 @@ class Deployable(nn.Module):
         names: dict[type[Task], tuple[str, ...]] = {
             ImageClassifier: ('logits',),
             Segmentor: (form,),
+            UniversalSegmentor: ('classes', 'masks'),
             Detector: ('boxes', 'scores', 'labels', *(['masks'] if self.masks else [])),
             Restorer: ('restored',),
         }
@@ -90,7 +93,7 @@ class Deployable(nn.Module):
         if issubclass(self.kind, Restorer):
             return (x + self.head(features, x)).clamp(0, 1)  # the head gives a residual
         out = self.head(features)
-        if issubclass(self.kind, ImageClassifier):
+        if issubclass(self.kind, ImageClassifier | UniversalSegmentor):
             return out
         out = F.interpolate(out, size=images.shape[-2:], mode='bilinear', align_corners=False)
         return out if self.form == 'logits' else out.argmax(1).int()
@@ -156,4 +159,6 @@ def metadata(task: Task, metainfo: Any = None, nms: str | None = None) -> dict[s
         entries['decoding'] = thresholds(head)
         if getattr(head, 'masks', False):
             entries['mask_threshold'] = head.mask_threshold
+    if isinstance(task, UniversalSegmentor):
+        entries['decoding'] = task.head.reader._asdict()
     return entries

@@ -19,6 +19,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from ..data import collate
 from ..heads.detection import finish, rescale
+from ..heads.universal import Reader
 
 Results = list[dict[str, Any]]
 Shape = tuple[int | None, ...]
@@ -131,6 +132,9 @@ class DeployedTask:
             return {'image': outputs[0][0, :, : size[0], : size[1]]}
         if self.task == 'Segmentor':
             return {'mask': _mask(outputs[0][..., : size[0], : size[1]], original)}
+        if self.task == 'UniversalSegmentor':
+            reader = Reader(**self.metadata['decoding'])
+            return reader.results(outputs[0], outputs[1], [size], [(original[0], original[1])])[0]
         boxes, scores, labels = (x[0] for x in outputs[:3])
         decoding = self.metadata['decoding']
         if self.metadata['nms'] == 'outside':

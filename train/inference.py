@@ -88,16 +88,16 @@ class Predictor:
             entry['names'] = [self.class_name(label) for label in entry['labels']]
             if 'masks' in result:
                 entry['masks'] = [encode_mask(mask) for mask in result['masks']]
-        elif 'mask' in result:
+        if 'mask' in result:
             mask = result['mask']
             save_ids(folder / f'{name}_mask.png', mask)
             labels, counts = mask.unique(return_counts=True)
             shares = zip(labels.tolist(), (counts / mask.numel()).tolist(), strict=True)
             entry |= {'mask': f'{name}_mask.png', 'classes': {self.class_name(label): share for label, share in shares}}
-        elif 'image' in result:
+        if 'image' in result:
             save(folder / f'{name}_restored.png', as_pixels(result['image']))
             entry['restored'] = f'{name}_restored.png'
-        elif 'label' in result:
+        if 'label' in result:
             label = int(result['label'])
             entry |= {'label': label, 'name': self.class_name(label), 'score': float(result['scores'][label])}
             entry['scores'] = result['scores'].tolist()

@@ -1,5 +1,6 @@
 """Without this what is exported could differ from what was validated: each task, exported form against predictions."""
 
+import json
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ from torchvision.ops import batched_nms
 
 from densezoo.deploy import OnnxModel, build_engine, export_onnx, match_boxes
 from densezoo.deploy.onnx import count_operators
+from densezoo.heads.universal import Reader
 from densezoo.train.deployable import Deployable, metadata
 
 SIZE = (64, 96)
@@ -81,6 +83,21 @@ def test_restoration():
     assert model.outputs == ('restored',)
     for ours, result in zip(restored, predictions(task, images), strict=True):
         torch.testing.assert_close(ours, result['image'].clamp(0, 1), rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('make', [tasks.universal, tasks.oneformer, tasks.kmax])
+def test_universal_logits_and_metadata_make_the_predictions(make):
+    task, model = ready(make)
+    images = pixels()
+    classes, masks = model(torch.stack(images).float())
+    assert model.outputs == ('classes', 'masks') and classes.shape[:-2] == masks.shape[:-3]
+    decoding = json.loads(json.dumps(metadata(task)['decoding']))  # as a file carries it
+    results = Reader(**decoding).results(classes, masks, [SIZE] * 2, [SIZE] * 2)
+    for result, expected in zip(results, predictions(task, images), strict=True):
+        assert result.keys() == expected.keys() and len(expected['scores']) > 1
+        for name, value in result.items():
+            torch.testing.assert_close(value, expected[name], msg=name)
 
 
 @torch.no_grad()

@@ -61,7 +61,11 @@ def agree(ours, expected, limit=30):
     assert len(ours) == len(expected)
     for a, b in zip(ours, expected, strict=True):
         assert a.keys() == b.keys()
-        if 'boxes' in b:
+        if 'panoptic' in b:
+            for name in b:
+                torch.testing.assert_close(a[name], b[name], msg=name)
+            assert len(b['scores']) > 1 and a['panoptic'].dtype == torch.int64
+        elif 'boxes' in b:
             count = min(len(b['boxes']), limit)
             assert count > 1
             torch.testing.assert_close(a['boxes'][:count], b['boxes'][:count], rtol=0, atol=0.02)
@@ -90,8 +94,23 @@ def agree(ours, expected, limit=30):
         (tasks.two_stages, {}),
         (partial(tasks.two_stages, masks=True), {'nms': 'operator'}),
         (tasks.restorer, {}),
+        (tasks.universal, {}),
+        (tasks.oneformer, {}),
+        (tasks.kmax, {}),
     ],
-    ids=['classes', 'mask', 'logits', 'candidates', 'results', 'two stages', 'masks', 'restored'],
+    ids=[
+        'classes',
+        'mask',
+        'logits',
+        'candidates',
+        'results',
+        'two stages',
+        'masks',
+        'restored',
+        'universal',
+        'oneformer',
+        'kmax',
+    ],
 )
 def test_results_are_the_trained_task_s(make, options):
     task = made(make)

@@ -1,4 +1,4 @@
-"""The four tasks on real parts: losses, results, plain tensors; and the batch that they are given."""
+"""The five tasks on real parts: losses, results, plain tensors; and the batch that they are given."""
 
 from typing import Any
 
@@ -21,6 +21,8 @@ def batch(task: Task) -> dict[str, Any]:
         target: dict[str, Any] = {'file': f'{index}.png', 'image_id': index, 'index': index, 'size': (height, width)}
         target |= {'original_size': (2 * height, 2 * width), 'label': index}
         target |= {'boxes': torch.tensor([[4.0, 6.0, 30.0, 28.0]]), 'labels': torch.tensor([index])}
+        target |= {'masks': torch.zeros(1, height, width, dtype=torch.bool)}
+        target['masks'][0, 6:28, 4:30] = True
         target |= {'mask': torch.randint(0, 4, (height, width)), 'clean': 1 - image / 255}
         images.append(image / 255 if isinstance(task, Restorer) else image)
         targets.append(target)

@@ -1,6 +1,6 @@
-"""The tasks: classification, segmentation, detection, restoration."""
+"""The tasks: classification, segmentation, detection, universal segmentation, restoration."""
 
 from .base import Task
-from .kinds import Detector, ImageClassifier, Restorer, Segmentor
+from .kinds import Detector, ImageClassifier, Restorer, Segmentor, UniversalSegmentor
 
-__all__ = ['Detector', 'ImageClassifier', 'Restorer', 'Segmentor', 'Task']
+__all__ = ['Detector', 'ImageClassifier', 'Restorer', 'Segmentor', 'Task', 'UniversalSegmentor']

@@ -1,4 +1,4 @@
-"""The four tasks: what each hands to its head."""
+"""The five tasks: what each hands to its head."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +25,10 @@ class Segmentor(Task):
 
 class Detector(Task):
     """Image -> boxes, labels, scores (and masks) in the picture's original coordinates."""
+
+
+class UniversalSegmentor(Task):
+    """Image -> semantic map, instances and panoptic map at once: results of the picture's original size."""
 
 
 class Restorer(Task):
