@@ -9,21 +9,30 @@ from .classification import LinearClassifier, OwnClassifier
 from .efficientvit_seg import EfficientViTSeg
 from .fcos import FCOS
 from .fpn import FPN
+from .histoformer import Histoformer
 from .maskrcnn import MaskRCNN
+from .mat import MAT
 from .pyramid import FeatureInfo, PyramidInfo
-from .restoration import UNetRestorer
+from .restoration import OwnRestorer, UNetRestorer
+from .restormer import Restormer
 from .retinanet import RetinaNet
 from .semantic_fpn import SemanticFPN
+from .tat import TAT
 
 __all__ = [
     'FCOS',
     'FPN',
+    'MAT',
+    'TAT',
     'EfficientViTSeg',
     'FeatureInfo',
+    'Histoformer',
     'LinearClassifier',
     'MaskRCNN',
     'OwnClassifier',
+    'OwnRestorer',
     'PyramidInfo',
+    'Restormer',
     'RetinaNet',
     'SemanticFPN',
     'UNetRestorer',
