@@ -157,6 +157,8 @@ class Histoformer(UShaped):
         norm: 'with_bias' or 'bias_free'.
     """
 
+    reduced = {**UShaped.reduced, 'expansion': 2.0}
+
     def __init__(
         self,
         *,

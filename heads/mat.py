@@ -320,7 +320,7 @@ class MAT(nn.Module):
     """
 
     sizes = None  # any
-    stochastic = True
+    reduced = {'resolution': 128, 'dim': 12, 'channels': 8, 'w_dim': 8, 'z_dim': 8, 'num_heads': 3}
 
     def __init__(
         self,
@@ -338,7 +338,7 @@ class MAT(nn.Module):
     ):
         super().__init__()
         self.resolution, self.chans, self.z_dim, self.draw = resolution, chans, z_dim, draw
-        self.min_dynamic_size = resolution
+        self.min_dynamic_size = self.min_tile = resolution  # one window in the middle of the network
         self.synthesis = Synthesis(
             resolution=resolution,
             dim=dim,

@@ -107,7 +107,9 @@ class UShaped(nn.Module):
     """
 
     min_dynamic_size = 32
+    min_tile = 2 * STRIDE
     sizes = None  # any
+    reduced = {'dim': 8, 'depths': (1, 1, 1, 1), 'refinement': 1}
 
     def __init__(
         self,
