@@ -16,9 +16,9 @@ from densezoo import heads
 from densezoo.backbones import create_model
 from densezoo.backbones.layers import MIXERS
 from densezoo.deploy import OnnxModel, build_engine, export_onnx, match_boxes
-from densezoo.heads import FPN, EfficientViTSeg, RetinaNet
+from densezoo.heads import FPN, EfficientViTSeg, OwnRestorer, Restormer, RetinaNet
 from densezoo.tools.exports import COLUMNS, Trial, build, families, row
-from densezoo.train import Detector, Segmentor
+from densezoo.train import Detector, Preprocess, Restorer, Segmentor
 from densezoo.train.deployable import Deployable, metadata
 
 SIZE = (64, 96)
@@ -66,6 +66,11 @@ def efficientvit_seg(backbone=tasks.PYRAMID):
     return Segmentor(backbone={**backbone, 'out_indices': (1, 2, 3)}, head=head, preprocess=tasks.PIXELS)
 
 
+def own_restorer():
+    backbone = {'type': Restormer, **Restormer.reduced}
+    return Restorer(backbone=backbone, head={'type': OwnRestorer}, preprocess={'type': Preprocess})
+
+
 HEADS = {
     'LinearClassifier': tasks.classifier,
     'OwnClassifier': tasks.own_classifier,
@@ -75,6 +80,7 @@ HEADS = {
     'SemanticFPN': tasks.segmentor,
     'EfficientViTSeg': efficientvit_seg,
     'UNetRestorer': tasks.restorer,
+    'OwnRestorer': own_restorer,
 }
 
 
