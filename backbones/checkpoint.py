@@ -29,7 +29,7 @@ _COMPUTED = re.compile(
     r'bias_idxs|position_index|attn_mask|num_batches_tracked|out_zero_mask|total_step|\bwarm|\biter)$'
 )
 # names under which training programs keep the model, averaged weights first
-_CONTAINERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
+_CONTAINERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model', 'params_ema', 'params')
 
 
 def load_checkpoint(
@@ -38,9 +38,9 @@ def load_checkpoint(
     """Loads weights into a backbone, in place.
 
     Accepts our own names and the authors'; a state dict, a file, or a training checkpoint that holds one (under
-    'state_dict' or 'model'; keys with the prefix 'backbone.' are taken from a whole detector or segmentor). Weights
-    for another number of classes or of image channels are handled as timm does for pretrained weights: the
-    classifier's last layer stays as it is, the first convolution is adapted; one log line says so.
+    'state_dict', 'model' or BasicSR's 'params'; keys with the prefix 'backbone.' are taken from a whole detector or
+    segmentor). Weights for another number of classes or of image channels are handled as timm does for pretrained
+    weights: the classifier's last layer stays as it is, the first convolution is adapted; one log line says so.
     Weights of a classifier load into the dense form: what is left over and what is new there is named in one log line.
 
     Args:

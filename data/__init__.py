@@ -7,10 +7,11 @@ sample = dataset[(index, draw)]     # {'image': (3, H, W) uint8 RGB, 'target': d
 from .base import ImageDataset
 from .coco import CocoDetection
 from .collate import MixCollate, collate
-from .degradations import JPEG, Blur, Degrade, GaussianNoise, Haze, PoissonNoise, Rain, RandomDegrade, Snow
+from .degradations import JPEG, Blur, Degrade, Downscale, GaussianNoise, Haze, PoissonNoise, Rain, RandomDegrade, Snow
 from .errors import DataError
+from .holes import Holes
 from .imagefolder import ImageFolder
-from .imageio import probe, read_image, read_mask
+from .imageio import probe, read_alpha, read_image, read_mask
 from .masks import ADE20K, Cityscapes, MaskFolder
 from .mosaic import Mosaic
 from .panoptic import CocoPanoptic, PanopticFolder
@@ -44,9 +45,11 @@ __all__ = [
     'CropWithoutOneClassDominating',
     'DataError',
     'Degrade',
+    'Downscale',
     'EvalSampler',
     'GaussianNoise',
     'Haze',
+    'Holes',
     'ImageDataset',
     'ImageFolder',
     'InstanceMasks',
@@ -73,6 +76,7 @@ __all__ = [
     'data_home',
     'expand_root',
     'probe',
+    'read_alpha',
     'read_image',
     'read_mask',
 ]

@@ -1,7 +1,8 @@
-"""Degradations that turn a clean photograph into a restorer's input: noise, blur, JPEG, rain, snow, haze.
+"""Degradations that turn a clean photograph into a restorer's input: noise, blur, JPEG, rain, snow, haze, fewer pixels.
 
 Each is a callable on a float32 image (3, H, W) or (1, H, W) in [0, 1] that returns a new tensor of the same shape and
-dtype (clamped to [0, 1] unless said otherwise). A parameter is a number or a range (low, high) drawn uniformly per
+dtype (clamped to [0, 1] unless said otherwise); `Downscale` returns a smaller one, `Holes` (holes.py) one more channel.
+A parameter is a number or a range (low, high) drawn uniformly per
 image. Every draw comes from torch's global generator, so that the dataset alone decides: it seeds it by (seed, draw) in
 training, and by the index in evaluation, where the same photograph is always degraded alike.
 
@@ -25,6 +26,11 @@ Range = float | tuple[float, float]
 
 class _Degradation(abc.ABC):
     """A callable image -> image; `repr` shows its parameters."""
+
+    @property
+    def scale(self) -> int:
+        """How many times smaller the result is."""
+        return 1
 
     def __call__(self, image: Tensor) -> Tensor:
         """image: float (3, H, W) or (1, H, W) in [0, 1], RGB -> degraded, same shape, dtype and device."""
@@ -201,6 +207,34 @@ class Haze(_Degradation):
         return image.clamp(0, 1) * transmission + _draw(self.airlight) * (1 - transmission)
 
 
+class Downscale(_Degradation):
+    """(C, H, W) -> (C, floor(H / factor), floor(W / factor)) by antialiased bicubic interpolation.
+
+    For super-resolution. What is left over at the right and lower edge is cut, from the clean picture too
+    (`CleanFolder`).
+
+    Args:
+        factor: 2, 3, 4, ...
+    """
+
+    def __init__(self, *, factor: int = 2) -> None:
+        if not isinstance(factor, int) or isinstance(factor, bool) or factor < 2:
+            raise ValueError(f'factor must be a whole number of at least 2, got {factor=}')
+        self.factor = factor
+
+    @property
+    def scale(self) -> int:
+        return self.factor
+
+    def degrade(self, image: Tensor) -> Tensor:
+        height, width = (side // self.factor for side in image.shape[-2:])
+        if not height or not width:
+            raise ValueError(f'Downscale needs {self.factor} pixels at least each way, got {tuple(image.shape)}')
+        cut = image[None, :, : height * self.factor, : width * self.factor]
+        small = F.interpolate(cut, size=(height, width), mode='bicubic', align_corners=False, antialias=True)
+        return small[0].clamp(0, 1)
+
+
 class Degrade(_Degradation):
     """Several degradations, one after another.
 
@@ -214,6 +248,10 @@ class Degrade(_Degradation):
             if not callable(step):
                 raise TypeError(f'steps[{number}] must be a callable or dict(type=..., ...), got {step!r}')
 
+    @property
+    def scale(self) -> int:
+        return math.prod(getattr(step, 'scale', 1) for step in self.steps)
+
     def degrade(self, image: Tensor) -> Tensor:
         for step in self.steps:
             image = step(image)
@@ -222,6 +260,16 @@ class Degrade(_Degradation):
 
 class RandomDegrade(Degrade):
     """One of several degradations, drawn per image with equal chances: for blind or all-in-one restoration."""
+
+    def __init__(self, *, steps: Sequence[Callable[[Tensor], Tensor] | Mapping[str, Any]]) -> None:
+        super().__init__(steps=steps)
+        scales = {getattr(step, 'scale', 1) for step in self.steps}
+        if len(scales) > 1:
+            raise ValueError(f'steps must make pictures equally small, got factors {sorted(scales)}')
+
+    @property
+    def scale(self) -> int:
+        return getattr(self.steps[0], 'scale', 1) if self.steps else 1
 
     def degrade(self, image: Tensor) -> Tensor:
         return self.steps[int(torch.randint(len(self.steps), ()))](image)

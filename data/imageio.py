@@ -46,6 +46,19 @@ def read_image(path: str | os.PathLike[str], *, exif: bool = True, deep_as_float
     return image
 
 
+def read_alpha(path: str | os.PathLike[str], *, exif: bool = True) -> Tensor:
+    """Where a picture is not transparent: (1, H, W) uint8, 255 or 0 (opaque from half on).
+
+    Raises DataError for a picture without transparency, and as `read_image`.
+    """
+    with _pillow(_read_bytes(path), str(path)) as picture:
+        picture = _rotated(picture, exif)
+        if not picture.has_transparency_data:
+            raise DataError(f'{path}: has no transparency; holes to be filled must be transparent (PNG or WebP)')
+        alpha = np.asarray(picture.convert('RGBA'))[..., 3]
+    return torch.from_numpy(np.where(alpha >= 128, 255, 0).astype(np.uint8))[None]
+
+
 def read_mask(path: str | os.PathLike[str], *, exif: bool = True) -> np.ndarray:
     """One mask as stored: (H, W) integers for one channel or a palette (the indices), else (H, W, 3) uint8 RGB."""
     data = _read_bytes(path)

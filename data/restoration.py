@@ -76,7 +76,8 @@ class CleanFolder(_Restoration):
 
     Args:
         root, split, transforms, seed, on_error: as ImageDataset.
-        degrade: callable float (3, H, W) in 0..1 -> the same shape, or dict(type=GaussianNoise, sigma=25).
+        degrade: callable float (3, H, W) in 0..1 -> the same shape, or dict(type=GaussianNoise, sigma=25). One with
+            a `scale` (Downscale) makes the image so much smaller than `clean`; Holes gives it a fourth channel.
         exif: rotate by EXIF orientation.
     """
 
@@ -109,9 +110,11 @@ class CleanFolder(_Restoration):
     def finish(self, sample: Sample) -> tuple[Tensor, dict[str, Any]]:
         clean = _unit(sample['image'])
         degraded = self.degrade(clean)
-        if degraded.shape != clean.shape:
+        scale = int(getattr(self.degrade, 'scale', 1))
+        height, width = (side // scale for side in clean.shape[-2:])
+        if degraded.shape[-2:] != (height, width) or degraded.shape[0] - clean.shape[0] not in (0, 1):
             raise DataError(f'degrade must keep the shape, got {tuple(degraded.shape)} from {tuple(clean.shape)}')
-        return degraded, {'clean': clean}
+        return degraded, {'clean': clean[:, : height * scale, : width * scale].contiguous()}
 
 
 def _read(path: pathlib.Path, exif: bool) -> Tensor:

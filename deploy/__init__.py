@@ -1,5 +1,6 @@
 """From a trained model to something that runs elsewhere. Takes any nn.Module; knows no training framework."""
 
+from ..kernels import run_tiles
 from .autocast import autocast
 from .engine import Engine
 from .export import export_program
@@ -25,4 +26,5 @@ __all__ = [
     'quantize',
     'quantize_within',
     'read_metadata',
+    'run_tiles',
 ]

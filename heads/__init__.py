@@ -16,18 +16,22 @@ from .fcn import FCN
 from .fcos import FCOS
 from .fpn import FPN
 from .gfl import GFL
+from .histoformer import Histoformer
 from .hybrid_encoder import HybridEncoder
 from .kmax import KMaXDeepLab
 from .mask2former import Mask2Former
 from .maskrcnn import MaskRCNN
+from .mat import MAT
 from .oneformer import OneFormer
 from .pyramid import FeatureInfo, PyramidInfo
-from .restoration import UNetRestorer
+from .restoration import OwnRestorer, UNetRestorer
+from .restormer import Restormer
 from .retinanet import RetinaNet
 from .rtdetr import RTDETR
 from .sbcb import SBCB
 from .segformer import SegFormerHead
 from .semantic_fpn import SemanticFPN
+from .tat import TAT
 from .upernet import UPerNet
 
 __all__ = [
@@ -37,13 +41,16 @@ __all__ = [
     'FCOS',
     'FPN',
     'GFL',
+    'MAT',
     'RTDETR',
     'SBCB',
+    'TAT',
     'CascadeRCNN',
     'DeepLabV3Plus',
     'DeformableDETR',
     'EfficientViTSeg',
     'FeatureInfo',
+    'Histoformer',
     'HybridEncoder',
     'KMaXDeepLab',
     'LinearClassifier',
@@ -51,7 +58,9 @@ __all__ = [
     'MaskRCNN',
     'OneFormer',
     'OwnClassifier',
+    'OwnRestorer',
     'PyramidInfo',
+    'Restormer',
     'RetinaNet',
     'SegFormerHead',
     'SemanticFPN',

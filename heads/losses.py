@@ -1,4 +1,5 @@
-"""Losses for several heads: Dice (Milletari et al. 2016), Lovasz-Softmax (Berman et al. 2018), Charbonnier."""
+"""Losses for several heads: Dice (Milletari et al. 2016), Lovasz-Softmax (Berman et al. 2018), Charbonnier, Pearson's
+correlation (Histoformer, Sun et al. 2024)."""
 
 import torch
 from torch import Tensor
@@ -45,3 +46,27 @@ def lovasz_softmax(logits: Tensor, labels: Tensor, known: Tensor) -> Tensor:
 def charbonnier(difference: Tensor, eps: float = 1e-3) -> Tensor:
     """sqrt(d^2 + eps^2) elementwise: L1 with a smooth foot."""
     return torch.sqrt(difference * difference + eps * eps)
+
+
+def pearson(restored: Tensor, clean: Tensor, inside: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """Mean over the pictures of (1 - r) / 2, r the correlation of all values of a picture with those of the clean one.
+
+    A constant picture has r = 0; pictures whose r is not finite are left out.
+
+    Args:
+        restored, clean: (B, C, H, W) float.
+        inside: (B, 1, H, W) 0/1, what belongs to each picture; None for everything.
+        eps: added to the denominator.
+    """
+    pair = []
+    for x in (restored, clean):
+        if inside is None:
+            centred = x - x.mean((1, 2, 3), keepdim=True)
+        else:
+            count = inside.sum((1, 2, 3), keepdim=True).clamp(min=1) * x.shape[1]
+            centred = (x - (x * inside).sum((1, 2, 3), keepdim=True) / count) * inside
+        pair.append(centred.flatten(1))
+    norms = [torch.linalg.vector_norm(x, dim=1) for x in pair]
+    correlation = (pair[0] * pair[1]).sum(1) / (norms[0] * norms[1] + eps)
+    finite = correlation.isfinite()
+    return torch.where(finite, (1 - correlation) / 2, 0).sum() / finite.sum().clamp(min=1)

@@ -10,6 +10,7 @@ from .neighborhood import neighborhood_attention
 from .nms import apart, suppress, suppress_by_products
 from .pool_mixer import pool_mixer
 from .sparse_window import sparse_window_attention
+from .tiles import run_tiles
 from .token_merge import Matching, match_every_kth, match_tokens, merge_source, token_merge, token_unmerge
 from .window_attention import window_attention
 from .windows import Sets, Windows, build_windows, rotated_sets
@@ -35,6 +36,7 @@ __all__ = [
     'relu_linear_attention',
     'resample_filter',
     'rotated_sets',
+    'run_tiles',
     'sparse_window_attention',
     'suppress',
     'suppress_by_products',

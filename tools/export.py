@@ -121,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if images or pictures:
         example = images[0][:2] if images else torch.stack(pictures)
     else:
-        example = torch.rand(2, 3, height, width) * (255 if source.entries['range'] == '0..255' else 1)
+        channels = 4 if source.entries.get('holes') else 3
+        example = torch.rand(2, channels, height, width) * (255 if source.entries['range'] == '0..255' else 1)
     if options.static_batch:
         example = example[:1].repeat(options.static_batch, 1, 1, 1)
     out = Path(options.out or f'{source.name}_{options.precision}{ENDINGS[options.format]}')

@@ -12,7 +12,7 @@ or restored images where the task makes such, and `predictions.json`: a list wit
                                          'restored' (a PNG)                                     restoration
 
 FILE.onnx and FILE.engine, which `densezoo export` writes, take the place of the checkpoint. An image that cannot be
-read is named and left out, and the exit status is 1.
+read is named and left out, and the exit status is 1. Holes to be filled (inpainting) are transparent.
 """
 
 import argparse
@@ -37,6 +37,12 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument('--out', default='predictions', help='folder of the results (default: predictions)')
     arguments.add_argument('--batch-size', type=int, default=1, help='images at once (default: 1)')
     arguments.add_argument('--device', help="'cpu', 'cuda', ... (default: a GPU where there is one)")
+    arguments.add_argument(
+        '--tile',
+        type=int,
+        help='restoration: overlapping tiles of this side, for pictures of any size in little memory',
+    )
+    arguments.add_argument('--overlap', type=int, help='of the tiles, in pixels (default: a quarter of the tile)')
     arguments.add_argument(
         '--score-threshold', type=float, default=0.3, help='detections below it are left out (default: 0.3)'
     )
@@ -73,7 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     files = find_images(options.images)
     config = load_config(options.config, options.cfg_options)
     deployed = open_deployed(options.checkpoint)
-    predictor = Predictor(config, options.checkpoint if deployed is None else deployed, device=options.device)
+    predictor = Predictor(
+        config,
+        options.checkpoint if deployed is None else deployed,
+        device=options.device,
+        tile=options.tile,
+        overlap=options.overlap,
+    )
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     names = unique_names(files)

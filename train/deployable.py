@@ -22,6 +22,8 @@ SUPPRESSIONS = {'operator': suppress, 'products': suppress_by_products}
 class Deployable(nn.Module):
     """Images (B, 3, H, W), RGB, float in 0..255 (restoration: 0..1) -> tensors called `outputs`.
 
+    Restoration of pictures with holes takes (B, 4, H, W), the last channel 1 where the picture is known.
+
     classification: logits (B, K).
     segmentation: mask (B, H, W) int32 class ids, or with form='logits' logits (B, K, H, W).
     detection: boxes (B, M, 4) xyxy in pixels, scores (B, M), labels (B, M) int32: the M best candidates, before NMS;
@@ -30,7 +32,7 @@ class Deployable(nn.Module):
     instances: results, and masks (B, D, P, P): probabilities on a grid over each box.
     universal: classes (B, Q, K + 1), no object last, and masks (B, Q, h, w): logits, (B, T, ...) of a head that answers
     T tasks one by one; `heads.universal.Reader(**metadata['decoding'])` makes results of them.
-    restoration: restored (B, 3, H, W) in 0..1.
+    restoration: restored (B, 3, s H, s W) in 0..1, s the head's scale.
 
     Args:
         task: with its weights.
@@ -77,7 +79,7 @@ class Deployable(nn.Module):
 
     @property
     def sizes(self) -> Any:
-        return self.backbone.sizes
+        return getattr(self.backbone, 'sizes', None)
 
     @property
     def min_dynamic_size(self) -> int:
@@ -91,7 +93,7 @@ class Deployable(nn.Module):
         if issubclass(self.kind, Detector):
             return self._detections(features)
         if issubclass(self.kind, Restorer):
-            return (x + self.head(features, x)).clamp(0, 1)  # the head gives a residual
+            return self.head.restore(features, x).clamp(0, 1)
         out = self.head(features)
         if issubclass(self.kind, ImageClassifier | UniversalSegmentor):
             return out
@@ -152,6 +154,8 @@ def metadata(task: Task, metainfo: Any = None, nms: str | None = None) -> dict[s
     entries['divisor'] = task.data_preprocessor.divisor
     if task.data_preprocessor.normalise:
         entries['padding'] = task.data_preprocessor.mean.flatten().tolist()  # what becomes 0 inside
+    if isinstance(task, Restorer):
+        entries |= {'scale': task.head.scale, 'holes': task.head.holes}
     if isinstance(task, Detector):
         head = task.head
         end_to_end = getattr(head, 'end_to_end', False)

@@ -59,6 +59,16 @@ class DeployedTask:
         self.smallest, self.largest = model.shapes
 
     @property
+    def holes(self) -> bool:
+        """Whether images have a mask of what is known as their last channel."""
+        return bool(self.metadata.get('holes'))
+
+    @property
+    def least_tile(self) -> int:
+        """The smallest side of a picture that is not padded."""
+        return max(side or 1 for side in self.smallest[2:])
+
+    @property
     def metainfo(self) -> dict[str, Any]:
         """Of the dataset, as checkpoints have it."""
         return {'classes': tuple(self.metadata.get('classes') or ())}
@@ -100,7 +110,8 @@ class DeployedTask:
             wanted = -(-max(side, least or 1) // step) * step
             full.append(wanted if limit is None else min(wanted, limit))
         if full != [height, width]:
-            padded = torch.tensor(self.metadata.get('padding', [0.0] * 3)).view(-1, 1, 1).repeat(1, *full)
+            padding = self.metadata.get('padding', [0.0] * len(pixels))
+            padded = torch.tensor(padding).view(-1, 1, 1).repeat(1, *full)
             padded[:, :height, :width] = pixels
             pixels = padded
         return pixels, (height, width)
@@ -129,7 +140,8 @@ class DeployedTask:
             scores = outputs[0][0].softmax(0)
             return {'scores': scores, 'label': int(scores.argmax())}
         if self.task == 'Restorer':
-            return {'image': outputs[0][0, :, : size[0], : size[1]]}
+            scale = int(self.metadata.get('scale', 1))
+            return {'image': outputs[0][0, :, : size[0] * scale, : size[1] * scale]}
         if self.task == 'Segmentor':
             return {'mask': _mask(outputs[0][..., : size[0], : size[1]], original)}
         if self.task == 'UniversalSegmentor':

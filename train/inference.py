@@ -17,7 +17,8 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision import tv_tensors
 
-from ..data import build_transforms, collate, read_image
+from ..data import build_transforms, collate, read_alpha, read_image
+from ..kernels import run_tiles
 from .checkpoint import load_checkpoint
 from .deployed import DeployedTask
 from .runner import load_weights
@@ -32,30 +33,53 @@ class Predictor:
         config: from `load_config`.
         checkpoint: best.pth or last.pth of a run, or what was exported of it.
         device: of a checkpoint; default: a GPU where there is one.
+        tile: restoration goes over each picture in overlapping tiles of this side, so that memory does not grow with
+            the picture; None takes it whole.
+        overlap: of the tiles, by default a quarter.
 
-    Raises: ValueError where the checkpoint does not fit the config's model.
+    Raises: ValueError where the checkpoint does not fit the config's model, or `tile` is not for its task or too small.
     """
 
     task: Task
 
-    def __init__(self, config: Config, checkpoint: str | Path | DeployedTask, *, device: str | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        checkpoint: str | Path | DeployedTask,
+        *,
+        device: str | None = None,
+        tile: int | None = None,
+        overlap: int | None = None,
+    ) -> None:
         self.deployed = checkpoint if isinstance(checkpoint, DeployedTask) else None
         self.metainfo: Mapping[str, Any]
         if isinstance(checkpoint, DeployedTask):
             self.restores, self.metainfo = checkpoint.task == Restorer.__name__, checkpoint.metainfo
+            self.holes, self.least_tile = checkpoint.holes, checkpoint.least_tile
         else:
             loaded = load_checkpoint(checkpoint)
             self.task = MODELS.build(config.model)
             load_weights(self.task, loaded['state_dict'], str(checkpoint))
             self.task.to(device or ('cuda' if torch.cuda.is_available() else 'cpu')).eval()
             self.restores = isinstance(self.task, Restorer)
+            self.holes, self.least_tile = bool(getattr(self.task.head, 'holes', False)), least_tile(self.task)
             self.metainfo = loaded.get('meta', {}).get('dataset_meta') or {}
         loader = config.get('test_dataloader') or config.get('val_dataloader') or {}
         self.transforms = build_transforms(loader.get('dataset', {}).get('transforms'))
+        self.tile, self.overlap = tile, overlap
+        if tile is not None and not self.restores:
+            raise ValueError('tile is for restoration; other tasks look at the whole picture')
+        if tile is not None and tile < self.least_tile:
+            raise ValueError(
+                f'tile must be at least {self.least_tile} pixels, the least this model works on, got {tile}'
+            )
 
     def read(self, file: str | Path) -> dict[str, Any]:
         """A picture file -> the sample that a dataset would make of it. Raises DataError."""
         image = read_image(file, deep_as_float=self.restores)
+        if self.holes:
+            known = read_alpha(file)
+            image = torch.cat([image, known / 255.0 if image.is_floating_point() else known])
         original = (int(image.shape[-2]), int(image.shape[-1]))
         sample: dict[str, Any] = {'image': tv_tensors.Image(image)}
         for transform in self.transforms:
@@ -70,8 +94,22 @@ class Predictor:
     @torch.inference_mode()
     def __call__(self, samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Samples of `read` -> results, one dict per picture, in the picture's own coordinates, on the CPU."""
-        results = self.task.val_step(collate(samples)) if self.deployed is None else self.deployed(samples)
+        results = self._run(samples) if self.tile is None else [self._tiled(sample) for sample in samples]
         return [{name: v.cpu() if isinstance(v, Tensor) else v for name, v in r.items()} for r in results]
+
+    def _run(self, samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        return self.task.val_step(collate(samples)) if self.deployed is None else self.deployed(samples)
+
+    def _tiled(self, sample: dict[str, Any]) -> dict[str, Any]:
+        def restore(crops: Tensor) -> Tensor:
+            size = (int(crops.shape[-2]), int(crops.shape[-1]))
+            target = {**sample['target'], 'size': size, 'original_size': size}
+            results = self._run([{'image': crop, 'target': target} for crop in crops])
+            return torch.stack([result['image'] for result in results])
+
+        assert self.tile is not None
+        image = sample['image'][None]
+        return {'image': run_tiles(restore, image, tile=self.tile, overlap=self.overlap, smallest=self.least_tile)[0]}
 
     def describe(self, result: Mapping[str, Any], target: Mapping[str, Any], folder: Path, name: str) -> dict[str, Any]:
         """A result as plain values for a JSON; images in it are written into `folder` under `name`."""
@@ -106,6 +144,15 @@ class Predictor:
     def class_name(self, label: int) -> str:
         classes = self.metainfo.get('classes') or ()
         return str(classes[label]) if 0 <= label < len(classes) else str(label)
+
+
+def least_tile(task: Task) -> int:
+    """The smallest side of a tile: what the backbone takes, or the window or step of a whole network."""
+    sizes = getattr(task.backbone, 'sizes', None)
+    if sizes is None:
+        return int(getattr(task.backbone, 'min_tile', 1))
+    fixed = getattr(sizes, 'height_width', None)
+    return max(fixed) if fixed else int(sizes.minimum)
 
 
 def encode_mask(mask: Tensor) -> dict[str, Any]:

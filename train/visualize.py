@@ -39,8 +39,9 @@ def draw(
     """One picture of one result, beside the truth where it is known.
 
     Args:
-        image: (3, H, W) or (1, H, W) uint8 or float in [0, 1], or uint8 (H, W, 3): as given to the network, before
-            normalisation; it is scaled to `target['original_size']`, to which results refer.
+        image: (3, H, W), (1, H, W) or (4, H, W) (a picture with holes) uint8 or float in [0, 1], or uint8 (H, W, 3): as
+            given to the network, before normalisation; it is scaled to `target['original_size']`, to which results
+            refer.
         result: what a task's `predict` returned: classification (`label`, `scores`), detection (`boxes`, `labels`,
             `scores`, perhaps `masks`), segmentation (`mask`), panoptic (`panoptic`, `segment_labels`) or restoration
             (`image`).
@@ -52,6 +53,8 @@ def draw(
     Returns:
         uint8 (h, w, 3): panels side by side under their captions.
     """
+    if isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] == 4:
+        image = image[:3]  # the last channel says where a picture is known
     pixels, target, metainfo = as_pixels(image), target or {}, metainfo or {}
     if 'panoptic' in result:
         return _draw_panoptic(pixels, result, target, metainfo)

@@ -26,16 +26,9 @@ def build_on_meta(config: Config) -> torch.nn.Module:
 def test_there_are_configs_for_every_task():
     folders = {name.split('/')[0] for name in NAMES}
     assert folders == {'quickstart', 'custom', 'classification', 'detection', 'segmentation', 'restoration'}
-    for folder, more in (
-        (
-            'quickstart',
-            {'detection_fcos', 'classification_cct', 'classification_dhvt'}
-            | {f'segmentation_{name}' for name in ('sbcb', 'upernet', 'segformer', 'deeplabv3plus', 'gnconv')},
-        ),
-        ('custom', set()),
-    ):
+    for folder in ('quickstart', 'custom'):
         tasks = {name.split('/')[1] for name in NAMES if name.startswith(f'{folder}/')}
-        assert tasks == more | {'classification', 'detection', 'instance', 'segmentation', 'restoration'}
+        assert tasks >= {'classification', 'detection', 'instance', 'segmentation', 'restoration'}
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -68,7 +61,7 @@ def test_recipe_states_its_figure(name):
     assert last.startswith('# ') and 'published' in last and 'trained here' in last
 
 
-def batch_for(size: int) -> dict:
+def batch_for(size: int, *, scale: int = 1, holes: bool = False) -> dict:
     """Two pictures with every kind of target: what a head does not ask for it does not read."""
     torch.manual_seed(0)
     targets = []
@@ -82,12 +75,15 @@ def batch_for(size: int) -> dict:
                 labels=torch.tensor([number]),
                 masks=masks,
                 mask=masks[0].long(),
-                clean=torch.rand(3, size, size),
+                clean=torch.rand(3, scale * size, scale * size),
                 size=(size, size),
                 original_size=(size, size),
             )
         )
-    return dict(images=[torch.randint(0, 256, (3, size, size), dtype=torch.uint8) for _ in range(2)], targets=targets)
+    pictures = [torch.randint(0, 256, (3, size, size), dtype=torch.uint8) for _ in range(2)]
+    if holes:
+        pictures = [torch.cat([picture, picture[:1] // 128 * 255]) for picture in pictures]
+    return dict(images=pictures, targets=targets)
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -95,12 +91,14 @@ def test_a_reduced_copy_takes_one_step(name):
     config = load_config(name)
     config.model.backbone.pop('pretrained', None)
     with torch.device('meta'):
-        config.model.backbone.update(type(create_model(config.model.backbone.name)).reduced)
+        whole = getattr(config.model.backbone.type, 'reduced', None)  # of a restorer that is a network of its own
+        config.model.backbone.update(whole or type(create_model(config.model.backbone.name)).reduced)
     if config.model.head.get('channels', 0) > 256:  # a head as wide as published takes longer than the backbone
         config.model.head.channels = 64
     model = MODELS.build(config.model).train()
     fixed = getattr(model.backbone.sizes, 'height_width', None)
-    batch = model.data_preprocessor(batch_for(fixed[0] if fixed else 64), True)
+    options = dict(scale=getattr(model.head, 'scale', 1), holes=getattr(model.head, 'holes', False))
+    batch = model.data_preprocessor(batch_for(fixed[0] if fixed else 64, **options), True)
     total, _ = model.parse_losses(model(**batch, mode='loss'))
     total.backward()
     # Of the whole model: a restorer's last layer starts at zero and lets nothing through to the backbone yet.

@@ -31,12 +31,14 @@ from densezoo.heads import (
     DeformableDETR,
     EfficientViTSeg,
     HybridEncoder,
+    OwnRestorer,
+    Restormer,
     RetinaNet,
     SegFormerHead,
     UPerNet,
 )
 from densezoo.tools.exports import COLUMNS, Trial, build, families, row
-from densezoo.train import Detector, Segmentor
+from densezoo.train import Detector, Preprocess, Restorer, Segmentor
 from densezoo.train.deployable import Deployable, metadata
 
 SIZE = (64, 96)
@@ -123,6 +125,11 @@ def fcn(backbone=tasks.PYRAMID):
     return on_maps(FCN, backbone, num_convs=2, concat_input=True)
 
 
+def own_restorer():
+    backbone = {'type': Restormer, **Restormer.reduced}
+    return Restorer(backbone=backbone, head={'type': OwnRestorer}, preprocess={'type': Preprocess})
+
+
 HEADS = {
     'LinearClassifier': tasks.classifier,
     'OwnClassifier': tasks.own_classifier,
@@ -145,6 +152,7 @@ HEADS = {
     'Mask2Former': tasks.universal,
     'OneFormer': tasks.oneformer,
     'KMaXDeepLab': tasks.kmax,
+    'OwnRestorer': own_restorer,
 }
 
 

@@ -12,13 +12,14 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ...data.degradations import gaussian_blur
 from .base import Metric
 
 BLUR_SIGMAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0)
 NLM_STRENGTHS = (6, 10, 14, 18, 24, 30)
-_BASELINES = ('input', 'blur', 'nlm')
+_BASELINES = ('input', 'blur', 'nlm', 'telea')
 
 
 class RestorationMetric(Metric):
@@ -27,6 +28,8 @@ class RestorationMetric(Metric):
     'input': 'psnr_input', 'psnr_gain' (over the degraded input).
     'blur': 'psnr_blur', 'psnr_over_blur': Gaussian blur, with the one sigma of BLUR_SIGMAS that is best over the set.
     'nlm': 'psnr_nlm', 'psnr_over_nlm': OpenCV's fastNlMeansDenoisingColored (windows 7 and 21), best of NLM_STRENGTHS.
+    'telea': 'psnr_telea', 'psnr_over_telea': OpenCV's inpainting after Telea (2004), for images with a mask.
+    A smaller image (super-resolution) is enlarged bicubically first; of an image with a mask (inpainting) the picture.
     Choosing on the set itself favours the baselines. They are computed once per picture and kept for later validations.
 
     Results need `image` (3, H, W) in [0, 1]; targets `clean` (3, H, W) in [0, 1].
@@ -34,10 +37,12 @@ class RestorationMetric(Metric):
     Args:
         crop_border: pixels cut from each side before measuring.
         y_channel: measure luminance only.
-        baselines: any of 'input', 'blur', 'nlm'.
+        baselines: any of 'input', 'blur', 'nlm', 'telea'.
     """
 
-    def __init__(self, *, crop_border: int = 0, y_channel: bool = False, baselines: Sequence[str] = _BASELINES) -> None:
+    def __init__(
+        self, *, crop_border: int = 0, y_channel: bool = False, baselines: Sequence[str] = ('input', 'blur', 'nlm')
+    ) -> None:
         super().__init__()
         if set(baselines) - set(_BASELINES):
             raise ValueError(f'baselines must be of {", ".join(_BASELINES)}, got {baselines=}')
@@ -62,7 +67,7 @@ class RestorationMetric(Metric):
             'ssim': ssim(restored, clean, **options),
         }
         if self.baselines:
-            degraded = torch.as_tensor(image).detach().float().cpu().contiguous()
+            degraded = _at_size(torch.as_tensor(image).detach().float().cpu(), target['clean'])
             key = zlib.crc32(clean.tobytes(), zlib.crc32(degraded.numpy().tobytes()))
             if key not in self._known:
                 self._known[key] = {
@@ -150,12 +155,32 @@ def luminance(pixels: np.ndarray) -> np.ndarray:
 # -------------------------------------------------------------------------------------------------- baselines
 
 
+def _at_size(image: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
+    """An image as large as `clean`, its mask kept."""
+    if image.shape[-2:] != clean.shape[-2:]:
+        size = (int(clean.shape[-2]), int(clean.shape[-1]))
+        image = F.interpolate(image[None], size=size, mode='bicubic', align_corners=False)[0]
+    return image.contiguous()
+
+
+def _picture(degraded: torch.Tensor) -> torch.Tensor:
+    """The picture without its mask."""
+    return degraded[:3] if degraded.shape[0] == 4 else degraded
+
+
+def _telea(degraded: torch.Tensor) -> list[np.ndarray]:
+    if degraded.shape[0] not in (2, 4):
+        raise ValueError(f"baseline 'telea' needs images whose last channel is a mask, got {tuple(degraded.shape)}")
+    hole = (degraded[-1] < 0.5).numpy().astype(np.uint8)
+    return [cv2.inpaint(to_pixels(degraded[:-1]), hole, 3, cv2.INPAINT_TELEA).reshape(*hole.shape, -1)]
+
+
 def _blurred(degraded: torch.Tensor) -> list[np.ndarray]:
-    return [to_pixels(gaussian_blur(degraded, sigma)) for sigma in BLUR_SIGMAS]
+    return [to_pixels(gaussian_blur(_picture(degraded), sigma)) for sigma in BLUR_SIGMAS]
 
 
 def _non_local_means(degraded: torch.Tensor) -> list[np.ndarray]:
-    pixels = to_pixels(degraded)
+    pixels = to_pixels(_picture(degraded))
     if pixels.shape[2] == 1:
         return [cv2.fastNlMeansDenoising(pixels, None, h, 7, 21)[..., None] for h in NLM_STRENGTHS]
     bgr = np.ascontiguousarray(pixels[..., ::-1])
@@ -163,7 +188,8 @@ def _non_local_means(degraded: torch.Tensor) -> list[np.ndarray]:
 
 
 _CANDIDATES: dict[str, Callable[[torch.Tensor], list[np.ndarray]]] = {
-    'input': lambda degraded: [to_pixels(degraded)],
+    'input': lambda degraded: [to_pixels(_picture(degraded))],
     'blur': _blurred,
     'nlm': _non_local_means,
+    'telea': _telea,
 }

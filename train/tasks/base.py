@@ -73,7 +73,8 @@ class Task(BaseModel):
         if grad_checkpointing:
             self.backbone.set_grad_checkpointing(True)
         if getattr(self.data_preprocessor, 'memory_format', None) is torch.channels_last:
-            self.to(memory_format=torch.channels_last)
+            # nn.Module.to refuses where a parameter has five dimensions
+            self._apply(lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t)
 
     def init_weights(self) -> None:
         """Nothing: constructors initialise, and mmengine must not call timm's init over loaded weights."""

@@ -32,8 +32,9 @@ class UniversalSegmentor(Task):
 
 
 class Restorer(Task):
-    """Degraded image -> clean image: the head sees the images too and returns a residual at full resolution.
+    """Degraded image -> clean image: the head sees the images too and returns what to add to them.
 
+    The backbone is a pyramid, or a whole network (`Restormer`, `Histoformer`, `TAT`, `MAT`) under `OwnRestorer`.
     Images are float in [0, 1] (`preprocess=dict(type=Preprocess)` without mean and std); results keep the size of the
     dataset's image, so that they can be compared with `clean`.
     """

@@ -1,0 +1,20 @@
+"""Restormer on pairs with rain: Rain13K in the paper."""
+
+from mmengine.config import read_base
+
+from densezoo.heads import OwnRestorer, Restormer
+from densezoo.train import Preprocess, Restorer
+
+with read_base():
+    from .._base_.restoration_300k import *
+
+model = dict(
+    type=Restorer,
+    backbone=dict(type=Restormer),
+    head=dict(type=OwnRestorer),
+    preprocess=dict(type=Preprocess),
+)
+train_dataloader['dataset'].update(root='$DENSEZOO_DATA/derain')
+val_dataloader['dataset'].update(root='$DENSEZOO_DATA/derain')
+
+# published figures: tables of arXiv 2111.09881; not trained here
