@@ -16,10 +16,11 @@ How to write a method: a subclass of `Reduction`, in a file of its own, with `@r
   Normalisation, layer scale, stochastic depth, gates and mixed heads are inside of these: call them and all of that
   composes. `self.remove(i, N)` is the number of tokens that the schedule takes away in this block.
 - Merging tokens: build the result with `tokens.merged(x, size, place)`, where place (B, N) says at which position each
-  of the N tokens is now. Dropping tokens: `place` is -1 for those dropped, and `restore` must be overridden; what
-  that takes goes into `extra`. Selecting queries alone is fine: `join(x, out)` takes the rows that both have. Reordering is merging without merges.
-- A variable number of tokens per image: `alive` (B, N) marks those that exist; `self.bias(tokens)` keeps the others from
-  being attended to. What they compute is of no interest, but must be finite. Give results that do not depend on
+  of the N tokens is now. Reordering is merging without merges. Dropping tokens: `place` is -1 for those dropped, and
+  `restore` must be overridden; what that takes goes into `extra`. Queries of some tokens alone are fine: `join(x, out)`
+  wants as many tokens as outputs.
+- A variable number of tokens per image: `alive` (B, N) marks those that exist; `self.bias(tokens)` keeps the others
+  from being attended to. What they compute is of no interest, but must be finite. Give results that do not depend on
   the rest of the batch; if a batch is shortened to the longest item, do so in eager mode alone: where
   `torch.compiler.is_compiling()` is true (compiled and exported graphs), shapes must not depend on values.
 - Masks of attention, (B, 1 or h, 1 or N, N): pass them to `weigh` or `attend` as `bias`, -inf where nothing is attended
@@ -30,7 +31,8 @@ How to write a method: a subclass of `Reduction`, in a file of its own, with `@r
   block goes through `Tokens.extra`, never through attributes: blocks are computed twice under checkpointing.
 - Keys of the authors' checkpoints: `resample(state, prefix)` renames in place; prefix is 'reduction.'. Weights of the
   model without reduction load too: keys below `reduction.` may be missing.
-- Losses of a method's own (a sparsity term, a consistency loss): `losses(...)`, see there.
+- Losses of a method's own (a sparsity term): `penalties(tokens)` from what the last block left, `extra` among it;
+  `train.ReducedClassifier` adds them.
 - Settings are keyword-only arguments of the constructor beside `model` and `schedule`, which `reduce_tokens` hands
   over; it names a misspelt one. `defaults` is the schedule if the caller states none, `layers` which blocks reduce.
 """
@@ -169,7 +171,8 @@ class Reduction(nn.Module):
     def __init__(self, *, model: TokenModel, schedule: Schedule):
         super().__init__()
         self.schedule, self.prefix = schedule, len(model.prefix)
-        self.recorded: list[Tokens] | None = None  # see `recording`
+        self.recorded: list[Tokens] | None = None  # what left each block, where somebody wants to see it
+        self.final: Tokens | None = None  # what left the last one, while training
 
     # ---- for methods to override
 
@@ -209,8 +212,8 @@ class Reduction(nn.Module):
         bias = torch.zeros_like(alive, dtype=tokens.x.dtype) if bias is None else bias
         return bias.masked_fill(~alive, float('-inf'))
 
-    def losses(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-        """Terms that training adds to the task's loss, by name without 'loss_'; none by default."""
+    def penalties(self, tokens: Tokens) -> dict[str, Tensor]:
+        """Terms, by name, that training adds to the task's loss, from the tokens after the last block."""
         return {}
 
     # ---- what the methods share
@@ -251,6 +254,7 @@ class Reduction(nn.Module):
                 kept.append(self.restore(tokens))
             if i == last:
                 break
+        self.final = tokens if self.training else None
         return tokens, kept
 
     def extra_repr(self) -> str:
