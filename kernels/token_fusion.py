@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .token_places import falling, rising
+
 
 class Fusion(NamedTuple):
     """Where tokens go: place (B, N) int64, from 0 to left - 1."""
@@ -74,17 +76,17 @@ def fuse_by_scores(scores: Tensor, r: int, *, class_token: bool, both_ways: bool
         scores = torch.cat((scores.new_full((B, 1, in_b), float('-inf')), scores[:, 1:]), 1)
     first = r // 2 if both_ways else r
     best, partner = scores.max(2)
-    order = best.argsort(dim=1, descending=True, stable=True)
+    order = falling(best)
     stay, source = order[:, first:], order[:, :first]
     if class_token:
-        stay = stay.sort(1).values
+        stay = rising(stay)
     kept = in_a - first
     places = torch.arange(max(kept, in_b), device=scores.device).expand(B, -1)
     place_a = torch.zeros_like(partner).scatter(1, stay, places[:, :kept])
     if both_ways:
         remaining = scores.scatter(1, source[..., None].expand(-1, -1, in_b), float('-inf'))
         best_b, partner_b = remaining.max(1)
-        order_b = best_b.argsort(dim=1, descending=True, stable=True)
+        order_b = falling(best_b)
         second = r - first
         place_b = torch.zeros_like(partner_b).scatter(1, order_b[:, second:], kept + places[:, : in_b - second])
         moved = order_b[:, :second]

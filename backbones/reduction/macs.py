@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 _Model = TypeVar('_Model', bound=nn.Module)
@@ -41,7 +42,8 @@ def count_macs(
             computes the prefix tokens alone.
     """
     x = torch.empty(1, _channels(model), *(image_size or ()), device='meta') if image is None else image
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # the counter does not know the fused attention of CPUs
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         if as_it_runs or getattr(model, 'features_only', False) or not hasattr(model, 'forward_head'):
             model(x)
         else:
