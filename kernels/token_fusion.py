@@ -62,16 +62,17 @@ def fuse_by_scores(scores: Tensor, r: int, *, class_token: bool, both_ways: bool
 
     Args:
         scores: (B, |A|, |B|).
-        r: tokens to remove, at most |B|.
+        r: tokens to remove, at most half of those that are not the class token.
         class_token: position 0 holds one, which neither moves nor takes others up. Without it tokens of A that are left
             are in order of falling score.
 
     Raises:
-        ValueError: r is negative, or larger than |B|.
+        ValueError: r is negative, or too large.
     """
     B, in_a, in_b = scores.shape
-    if not 0 <= r <= in_b:
-        raise ValueError(f'r must be from 0 to {in_b}, got {r=}')
+    most = (in_a + in_b - class_token) // 2
+    if not 0 <= r <= most:
+        raise ValueError(f'r must be from 0 to {most}, got {r=}')
     if class_token:
         scores = torch.cat((scores.new_full((B, 1, in_b), float('-inf')), scores[:, 1:]), 1)
     first = r // 2 if both_ways else r
