@@ -8,7 +8,7 @@ import torch
 
 from densezoo.backbones import create_model
 from densezoo.tools.benchmark import main
-from densezoo.tools.benchmarks import kernels, latency, window
+from densezoo.tools.benchmarks import kernels, latency, reduction, window
 from densezoo.tools.benchmarks.timing import Comparison, compare
 
 TINY = ['--model', 'deit_tiny_patch16_224']
@@ -85,6 +85,20 @@ def test_a_peer_that_computes_something_else_is_refused():
     case = next(kernels.window_cases('cpu', torch.float32, 1, (32,), 96))
     with pytest.raises(RuntimeError, match=r'twice computes something else, relative deviation 0\.5'):
         kernels.check(case, 'twice', lambda qkv, bias: 2 * kernels.rolled(qkv, bias))
+
+
+def test_tome_is_compared_with_the_authors_patch(tmp_path):
+    """A stand-in for their checkout: without one there is nothing to compare with, and a patch that computes something
+    else is refused."""
+    with pytest.raises(
+        FileNotFoundError, match=r'--authors needs a checkout of https://github.com/facebookresearch/ToMe'
+    ):
+        reduction.patch(str(tmp_path), torch.nn.Identity())
+    place = tmp_path / 'tome' / 'patch'
+    place.mkdir(parents=True)
+    (place / 'timm.py').write_text('def apply_patch(model):\n    pass\n')
+    with pytest.raises(RuntimeError, match=r"the authors' patch computes something else, deviation"):
+        reduction.against_authors(str(tmp_path), 'vit_tiny_patch16_224', torch.randn(1, 3, 224, 224), 1)
 
 
 def test_peak_counts_what_is_held_at_once():
