@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ...kernels import Fusion, fuse_by_scores, fusion_scores, sum_to_places, take_places
+from ...kernels import Fusion, fuse_by_scores, fusion_scores, mean_to_places, sum_to_places, take_places
 from .interface import Block, Reduction, TokenModel, Tokens, register_method
 from .schedule import Schedule
 
@@ -110,7 +110,9 @@ class MCTF(Reduction):
         multiplied with: equal ones for tokens that became one, which sums the columns."""
         B, heads = weights.shape[:2]
         place = _of_heads(fusion.place, heads).flatten(0, 1)
-        rows = sum_to_places((weights * share[:, None]).flatten(0, 1), place, fusion.left)
+        kept, moved = (_of_heads(rows, heads).flatten(0, 1) for rows in (fusion.kept, fusion.moved))
+        shares = share[:, None].expand(-1, heads, -1, -1).flatten(0, 1)
+        rows = mean_to_places(weights.flatten(0, 1), shares, place, kept, moved)
         return rows.unflatten(0, (B, heads)), _spread(value, fusion.place)
 
     def _largest_rows(self, weights: Tensor, fusion: Fusion) -> Tensor:
@@ -134,13 +136,14 @@ class MCTF(Reduction):
             fusion = fuse_by_scores(scores, r, class_token=self.prefix == 1, both_ways=self.both_ways)
             if first:
                 ahead = torch.arange(first, device=x.device).expand(x.shape[0], -1)
-                fusion = Fusion(torch.cat((ahead, fusion.place + first), 1), fusion.left + first)
+                place, kept = (torch.cat((ahead, rows + first), 1) for rows in (fusion.place, fusion.kept))
+                fusion = Fusion(place, kept, fusion.moved + first)
             share = self._share(received, size, fusion)
             merged_size = sum_to_places(size, fusion.place, fusion.left)
         if share is None:
             x = _largest(x, fusion.place, fusion.left)
         else:
-            x = sum_to_places(x * share, fusion.place, fusion.left)
+            x = mean_to_places(x, share, fusion.place, fusion.kept, fusion.moved)
         return tokens.merged(x, merged_size, fusion.place), fusion, share
 
     def _share(self, received: Tensor, size: Tensor, fusion: Fusion) -> Tensor | None:
