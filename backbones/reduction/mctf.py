@@ -2,8 +2,8 @@
 
 Written from the paper and the facts of the authors' code, https://github.com/mlvlab/MCTF (CC-BY-NC 4.0, as the parts of
 ToMe that it contains; the weights are plain DeiT's). Differs: several prefix tokens are set aside (the authors' code
-would move a distillation token). The fused attention matrix is never written down: its columns are summed by giving
-each token the values of what it became part of, which is the same product.
+would move a distillation token). The fused attention matrix is never written down: with S and W the matrices that sum
+columns and average rows, (W A S) v = W (A (S v)), and S v gives each token the values of what it became part of.
 
 Training with reduction consistency (a second pass with fewer removals as teacher) is `train.ReducedClassifier`.
 """
@@ -99,21 +99,19 @@ class MCTF(Reduction):
     def _fused_step(self, tokens: Tokens, block: Block, r: int) -> Tokens:
         weights = block.weigh(*block.query_key(tokens.x), self.bias(tokens))
         tokens, fusion, share = self.fuse(tokens, weights, r)
+        value = block.value(tokens.x)
         if share is None:
-            rows, value = self._largest_rows(weights, fusion), block.value(tokens.x)
+            out = self._largest_rows(weights, fusion) @ value
         else:
-            rows, value = self.fuse_rows(weights, block.value(tokens.x), fusion, share)
-        return tokens._replace(x=block.mix_channels(block.join(tokens.x, rows @ value)))
+            # equal values for tokens that became one sum the matrix's columns; its rows are fused after the product
+            out = self.fuse_rows(weights @ _spread(value, fusion.place), fusion, share)
+        return tokens._replace(x=block.mix_channels(block.join(tokens.x, out)))
 
-    def fuse_rows(self, weights: Tensor, value: Tensor, fusion: Fusion, share: Tensor) -> tuple[Tensor, Tensor]:
-        """The matrix (B, h, M, N) of what each fused token attends to, and the values (B, h, N, d) that it is to be
-        multiplied with: equal ones for tokens that became one, which sums the columns."""
-        B, heads = weights.shape[:2]
-        place = _of_heads(fusion.place, heads).flatten(0, 1)
-        kept, moved = (_of_heads(rows, heads).flatten(0, 1) for rows in (fusion.kept, fusion.moved))
-        shares = share[:, None].expand(-1, heads, -1, -1).flatten(0, 1)
-        rows = mean_to_places(weights.flatten(0, 1), shares, place, kept, moved)
-        return rows.unflatten(0, (B, heads)), _spread(value, fusion.place)
+    def fuse_rows(self, out: Tensor, fusion: Fusion, share: Tensor) -> Tensor:
+        """What the N tokens attended to (B, h, N, d), for the fused ones (B, h, M, d)."""
+        heads = out.shape[1]
+        out = mean_to_places(out.transpose(1, 2).flatten(2), share, fusion.place, fusion.kept, fusion.moved)
+        return out.unflatten(2, (heads, -1)).transpose(1, 2)
 
     def _largest_rows(self, weights: Tensor, fusion: Fusion) -> Tensor:
         """(B, h, M, M), with the largest weights of rows that become one."""
