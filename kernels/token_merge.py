@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import refuse_triton, select
+from .token_places import falling, mean_to_places, rising, sum_to_places, take_places
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,28 @@ class Matching:
     b: Tensor
     tokens: int
     distill_token: bool = False
+
+    def kept(self) -> Tensor:
+        """(B, N - r) int64: the token that stays at each place after merging."""
+        stay, b = self.a[self.stay], self.b.expand(self.stay.shape[0], -1)
+        if self.distill_token:
+            return torch.cat((stay[:, :1], b[:, :1], stay[:, 1:], b[:, 1:]), 1)
+        return torch.cat((stay, b), 1)
+
+    def places(self) -> Tensor:
+        """(B, N) int64: the position after merging of what each token became part of; dropped ones are left out."""
+        if not self.source.shape[1]:
+            return torch.arange(self.tokens, device=self.b.device).expand(self.stay.shape[0], -1)
+        B, kept = self.stay.shape
+        partner = torch.arange(kept, kept + self.b.numel(), device=self.b.device)
+        stay = torch.arange(kept, device=self.b.device)
+        if self.distill_token:  # the first of B comes second, and what follows it in A one later
+            stay = stay + (stay > 0)
+            partner = torch.where(partner == kept, 1, partner)
+        place = torch.empty(B, self.a.numel() + self.b.numel(), dtype=torch.int64, device=self.b.device)
+        place = place.index_copy(1, self.b, partner.expand(B, -1))
+        place = place.scatter(1, self.a[self.stay], stay.expand(B, -1))
+        return place.scatter(1, self.a[self.source], partner[self.target])
 
 
 def match_tokens(
@@ -70,10 +93,10 @@ def match_tokens(
             best, partner = best_partners_triton(metric, class_token, distill_token)
         else:
             best, partner = best_partners(metric, class_token, distill_token)
-        order = best.argsort(dim=-1, descending=True, stable=True)
+        order = falling(best)
         stay, source = order[:, r:], order[:, :r]
         if class_token:
-            stay = stay.sort(-1).values
+            stay = rising(stay)
         return Matching(stay, source, partner.gather(1, source), a, b, N, distill_token)
 
 
@@ -114,8 +137,12 @@ def token_merge(x: Tensor, matching: Matching, size: Tensor | None = None) -> tu
     size = x.new_ones(x.shape[0], x.shape[1], 1) if size is None else size
     if not matching.source.shape[1]:
         return x, size
-    weighted, total = (_scattered(t, matching, 'sum') for t in (x * size, size))
-    return weighted / total, total
+    place, left = matching.places(), matching.stay.shape[1] + matching.b.numel()
+    matched = place.shape[1]  # fewer where some at the end are dropped
+    x, size = x[:, :matched], size[:, :matched]
+    total = sum_to_places(size, place, left)
+    share = size / take_places(total, place)
+    return mean_to_places(x, share, place, matching.kept(), matching.a[matching.source]), total
 
 
 def merge_source(matching: Matching, source: Tensor | None = None) -> Tensor:
@@ -130,7 +157,10 @@ def merge_source(matching: Matching, source: Tensor | None = None) -> Tensor:
     if source is None:
         N = matching.tokens
         source = torch.eye(N, device=matching.a.device).expand(matching.stay.shape[0], N, N)
-    return _scattered(source, matching, 'amax') if matching.source.shape[1] else source
+    if not matching.source.shape[1]:
+        return source
+    place, left = matching.places(), matching.stay.shape[1] + matching.b.numel()
+    return sum_to_places(source[:, : place.shape[1]], place, left).clamp_max(1)
 
 
 def token_unmerge(x: Tensor, matching: Matching) -> Tensor:
@@ -145,21 +175,13 @@ def token_unmerge(x: Tensor, matching: Matching) -> Tensor:
     Raises:
         ValueError: x has not as many tokens as the matching left.
     """
-    stay, target, nb = matching.stay, matching.target, matching.b.numel()
+    stay, nb = matching.stay, matching.b.numel()
     left = stay.shape[1] + nb
     if x.ndim != 3 or x.shape[0] != stay.shape[0] or x.shape[1] != left:
         raise ValueError(f'x must be ({stay.shape[0]}, {left}, C), the tokens that merging left, got {tuple(x.shape)=}')
     if not matching.source.shape[1]:
         return x
-    if matching.distill_token:
-        x = torch.cat((x[:, :1], x[:, 2 : stay.shape[1] + 1], x[:, 1:2], x[:, stay.shape[1] + 1 :]), 1)
-    C = x.shape[2]
-    kept, partners = x[:, : stay.shape[1]], x[:, stay.shape[1] :]
-    out = x.new_empty(x.shape[0], matching.a.numel() + nb, C)
-    out = out.index_copy(1, matching.b, partners)
-    merged = partners.gather(1, target[..., None].expand(-1, -1, C))
-    out = out.scatter(1, matching.a[stay][..., None].expand(-1, -1, C), kept)
-    return out.scatter(1, matching.a[matching.source][..., None].expand(-1, -1, C), merged)
+    return take_places(x, matching.places())
 
 
 def best_partners(metric: Tensor, class_token: bool, distill_token: bool) -> tuple[Tensor, Tensor]:
@@ -179,21 +201,6 @@ def can_run_triton(metric: Tensor) -> str | None:
     if metric.shape[2] > 256:
         return f'the metric is {metric.shape[2]} channels wide, and the kernel takes up to 256'
     return refuse_triton({'metric': metric})
-
-
-def _scattered(x: Tensor, matching: Matching, reduce: str) -> Tensor:
-    C = x.shape[2]
-
-    def taken(values: Tensor, index: Tensor) -> Tensor:
-        return values.gather(1, index[..., None].expand(-1, -1, C))
-
-    in_a, partners = x[:, matching.a], x[:, matching.b]
-    target = matching.target[..., None].expand(-1, -1, C)
-    partners = partners.scatter_reduce(1, target, taken(in_a, matching.source), reduce, include_self=True)
-    stay = taken(in_a, matching.stay)
-    if matching.distill_token:
-        return torch.cat((stay[:, :1], partners[:, :1], stay[:, 1:], partners[:, 1:]), 1)
-    return torch.cat((stay, partners), 1)
 
 
 def _check_metric(metric: Tensor) -> None:

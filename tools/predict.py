@@ -11,6 +11,8 @@ or restored images where the task makes such, and `predictions.json`: a list wit
                                          'segments' [{'id', 'label', 'name'}]                   panoptic segmentation
                                          'restored' (a PNG)                                     restoration
 
+With --show-tokens a sheet `<name>_tokens.png` shows what each block of a model with `reduction` makes of the patches.
+
 FILE.onnx and FILE.engine, which `densezoo export` writes, take the place of the checkpoint. An image that cannot be
 read is named and left out, and the exit status is 1. Holes to be filled (inpainting) are transparent.
 """
@@ -45,6 +47,11 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument('--overlap', type=int, help='of the tiles, in pixels (default: a quarter of the tile)')
     arguments.add_argument(
         '--score-threshold', type=float, default=0.3, help='detections below it are left out (default: 0.3)'
+    )
+    arguments.add_argument(
+        '--show-tokens',
+        action='store_true',
+        help='also <name>_tokens.png: which patches were fused or dropped in each block, of a model with a reduction',
     )
     return arguments
 
@@ -99,11 +106,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             except DataError as error:
                 unreadable += 1
                 print(f'left out: {error}', file=sys.stderr)
-        for sample, result in zip(samples, predictor(samples) if samples else [], strict=True):
+        tokens = predictor.draw_tokens(samples) if samples and options.show_tokens else [None] * len(samples)
+        results = predictor(samples) if samples else []
+        for sample, result, picture in zip(samples, results, tokens, strict=True):
             name = names[Path(sample['target']['file'])]
             if 'scores' in result and 'boxes' in result:
                 keep = result['scores'] >= options.score_threshold
                 result |= {key: result[key][keep] for key in OF_INSTANCES if key in result}
+            if picture is not None:
+                save(out / f'{name}_tokens.png', picture)
             entries.append(predictor.describe(result, sample['target'], out, name))
             save(
                 out / f'{name}.png',

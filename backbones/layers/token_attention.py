@@ -168,6 +168,47 @@ class TokenAttention(nn.Module):
             out = out * self.gate(x if outputs is None else x[:, :outputs])
         return self.proj(out.flatten(2))
 
+    # ---- the steps, for what reduces tokens between them: see `backbones.reduction.interface`
+
+    @property
+    def any_tokens(self) -> bool:
+        """Whether tokens may be fewer and in another order than the grid has them."""
+        return self.window_size is None
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of (B, N, C), each (B, h, N, d)."""
+        query, key, value = self._split(self.qkv(x))
+        return query, key, value
+
+    def query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if not isinstance(self.qkv, nn.Linear):
+            return self.split(x)[:2]
+        query, key = split_heads(linear_rows(self.qkv, x, 0, 2), self.num_heads, 2)
+        return query, key
+
+    def value(self, x: Tensor) -> Tensor:
+        if not isinstance(self.qkv, nn.Linear):
+            return self.split(x)[2]
+        return split_heads(linear_rows(self.qkv, x, 2, 3), self.num_heads, 1)[0]
+
+    def weigh(self, query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
+        """p, (B, h, N, M)."""
+        logits = biased((query * self.scale) @ key.transpose(-2, -1), bias)
+        return logits.softmax(-1) if self.softmax is None else self.softmax(logits)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        """p v, (B, h, N, d), without p in memory where that is possible."""
+        if self.training and self.key_drop:
+            key, value, bias = self._drop_keys(key, value, bias)
+        return self._attend(query, key, value, bias)
+
+    def join(self, out: Tensor, x: Tensor) -> Tensor:
+        """(B, N, C) from the heads' outputs (B, h, N, d); x is what the queries were computed from."""
+        out = out.transpose(1, 2)
+        if self.gate is not None:
+            out = out * self.gate(x)
+        return self.proj(out.flatten(2))
+
     def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values, each (B, h, N, d)."""
         B, N, C3 = qkv.shape
@@ -209,6 +250,26 @@ class TokenAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f'num_heads={self.num_heads}, window_size={self.window_size}, key_drop={self.key_drop}'
+
+
+def linear_rows(qkv: nn.Linear, x: Tensor, first: int, last: int) -> Tensor:
+    """Thirds `first` to `last` of what a linear layer for queries, keys and values gives."""
+    width = qkv.out_features // 3
+    bias = None if qkv.bias is None else qkv.bias[first * width : last * width]
+    return F.linear(x, qkv.weight[first * width : last * width], bias)
+
+
+def biased(logits: Tensor, bias: Tensor | None) -> Tensor:
+    """logits + bias; in the logits' own memory where nothing is differentiated."""
+    if bias is None:
+        return logits
+    in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and bias.dtype == logits.dtype
+    return logits.add_(bias) if in_place else logits + bias
+
+
+def split_heads(x: Tensor, heads: int, parts: int) -> tuple[Tensor, ...]:
+    """(B, N, parts h d) -> that many (B, h, N, d)."""
+    return x.unflatten(2, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 # token mixers of plain backbones by name: modules (x, grid) -> (B, N, C), made with dim, num_heads, prefix, qkv_bias
