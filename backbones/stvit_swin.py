@@ -1,9 +1,10 @@
 """STViT-R on Swin: Making Vision Transformers Efficient from A Token Sparsification View, arXiv 2303.08685.
 
-Written from the paper and the facts of the authors' code, https://github.com/changsn/STViT-R (MIT). In the
-third stage most blocks work on few semantic tokens; the last block of six gives them back to the map. Differs: images of every size are taken, by the rules of `layers.semantic`; the authors' code
-takes 224. In dense form the blocks attend as in the classifier, globally among the tokens: the authors' detection code
-restricts them to windows of 14 to 27 positions and masks padding by a rule of its own; its weights load all the same.
+Written from the paper and the facts of the authors' code, https://github.com/changsn/STViT-R (MIT). In the third stage
+most blocks work on few semantic tokens; the last block of six gives them back to the map. Differs: images of every size
+are taken, by the rules of `layers.semantic`; the authors' code takes 224. In dense form the blocks attend as in the
+classifier, globally among the tokens: the authors' detection code restricts them to windows of 14 to 27 positions and
+masks padding by a rule of its own. Its weights load all the same.
 """
 
 # B batch, C channels, H W size of the stage's map, M semantic tokens on a map of their own, h heads
@@ -109,14 +110,23 @@ class TokenGeneration(SemanticBlock):
     """
 
     def __init__(
-        self, *, dim: int, window_size: int, sample: int, key_window: int, shortcut: bool, conv_position: bool, **parts: Any
+        self,
+        *,
+        dim: int,
+        window_size: int,
+        sample: int,
+        key_window: int,
+        shortcut: bool,
+        conv_position: bool,
+        **parts: Any,
     ):
         super().__init__(dim=dim, **parts)
         self.window_size, self.sample, self.key_window, self.shortcut = window_size, sample, key_window, shortcut
         self.conv_position = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if conv_position else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        pooled = pool_windows(x, self.window_size, self.sample)
+    def forward(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Without `tokens`, a map of them from before, it starts at maxima."""
+        pooled = pool_windows(x, self.window_size, self.sample) if tokens is None else tokens
         size = (pooled.shape[1], pooled.shape[2])
         pooled = to_windows(pooled, self.sample)
         if self.conv_position is not None:
@@ -125,10 +135,10 @@ class TokenGeneration(SemanticBlock):
         query = self.norm1(pooled)
         # the norm and the projection act on single positions: once on the map, not once for each patch
         around = patches_around(self.attn.kv(self.norm1(x)), self.window_size, self.key_window)
-        tokens = self.mixed(query, torch.cat((self.attn.kv(query), around), 2))
-        if self.shortcut:
-            tokens = pooled + self.drop_path(tokens)
-        return self.mix_channels(from_windows(tokens, self.sample, size))
+        mixed = self.mixed(query, torch.cat((self.attn.kv(query), around), 2))
+        if self.shortcut:  # without, the authors drop no path here
+            mixed = pooled + self.drop_path(mixed)
+        return self.mix_channels(from_windows(mixed, self.sample, size))
 
 
 class TokenExchange(SemanticBlock):
@@ -269,8 +279,8 @@ class STViTSwin(Hierarchical):
             raise ValueError(f'window_size must be positive, got {window_size=}')
         if not 1 <= sample <= windows[2] <= key_window:
             raise ValueError(
-                f"sample must be from 1 to the third stage's window_size, and key_window not below that, got {sample=}, "
-                f'{window_size=}, {key_window=}'
+                "sample must be from 1 to the third stage's window_size, and key_window not below that, got "
+                f'{sample=}, {window_size=}, {key_window=}'
             )
         make_norm = norm_factory(norm)
         heads, rates = per_stage('num_heads', num_heads), drop_path_schedule(depths, drop_path_rate)
@@ -374,7 +384,9 @@ class STViTSwin(Hierarchical):
     @classmethod
     def convert(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """From the authors' names, where patch merging ends a stage, and a third stage's blocks are of two kinds."""
-        semantic = sorted({match[1] for match in map(re.compile(r'layers\.2\.blocks\.(\d+)\.attn\.q\.').match, state) if match})
+        semantic = sorted(
+            {match[1] for match in map(re.compile(r'layers\.2\.blocks\.(\d+)\.attn\.q\.').match, state) if match}
+        )
         rules = [
             (rf'layers\.2\.blocks\.{n}\.{theirs}', rf'stages.2.{n}.{ours}')
             for n in semantic
