@@ -38,6 +38,7 @@ from . import (
     uvit,
 )
 from .checkpoint import load_checkpoint
+from .reduction import reduce_tokens
 from .registry import create_model, list_models
 from .sizes import AnySize, FixedSize, Resampled
 
@@ -71,6 +72,7 @@ __all__ = [
     'pvt',
     'pvt_v2',
     'pyramid_tnt',
+    'reduce_tokens',
     'slab',
     'slab_models',
     'spectformer',

@@ -7,7 +7,7 @@ this class alone. A model is a classifier, or with `features_only` the same clas
 # B batch, C channels, H W size of a map, K classes
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .layers.heads import HeadFactory, build_head
+from .reduction.interface import TokenModel
 from .sizes import AnySize, FixedSize
 
 
@@ -100,6 +101,18 @@ class Backbone(nn.Module):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    def token_model(self) -> TokenModel:
+        """What `reduce_tokens` needs to know; ValueError where there are no tokens that could be fewer."""
+        raise ValueError(
+            f'{self.title} has no sequence of tokens to reduce, its blocks see maps; '
+            'reduce_tokens takes plain backbones'
+        )
+
+    @property
+    def title(self) -> str:
+        """The registered name, or the class's."""
+        return (getattr(self, 'default_cfg', None) or {}).get('architecture') or type(self).__name__
+
     # ---- checkpoints
 
     @classmethod
@@ -119,7 +132,7 @@ class Backbone(nn.Module):
 
     # ---- for the skeletons
 
-    def _call(self, block: nn.Module, x: Tensor, *context: Any) -> Any:
+    def _call(self, block: Callable[..., Any], x: Any, *context: Any) -> Any:
         """block(x, *context), computed again in the backward pass where checkpointing is on."""
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(block, x, *context, use_reentrant=False)

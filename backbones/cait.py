@@ -46,11 +46,26 @@ class TalkingHeads(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int], bias: Tensor | None = None) -> Tensor:
         """`bias` (broadcast to (B, h, N, N)) is added before the softmax, as logarithms of merged tokens' sizes are."""
-        B, N, C = x.shape
+        return self.join(self.attend(*self.split(x), bias), x)
+
+    # ---- the steps, see `reduction.interface`
+
+    any_tokens: ClassVar[bool] = True
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        B, N, _ = x.shape
         query, key, value = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        return query, key, value
+
+    def weigh(self, query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
         logits = self._mix((query * self.scale) @ key.transpose(-2, -1), self.proj_l)
-        weights = self._mix((logits if bias is None else logits + bias).softmax(-1), self.proj_w)
-        return self.proj((weights @ value).transpose(1, 2).reshape(B, N, C))
+        return self._mix((logits if bias is None else logits + bias).softmax(-1), self.proj_w)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.weigh(query, key, bias) @ value
+
+    def join(self, out: Tensor, x: Tensor) -> Tensor:
+        return self.proj(out.transpose(1, 2).flatten(2))
 
     @staticmethod
     def _mix(x: Tensor, linear: nn.Linear) -> Tensor:

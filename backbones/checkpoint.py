@@ -81,6 +81,10 @@ def load_checkpoint(
             cut = [f'{prefix}*' for prefix in model.absent_keys if any(key.startswith(prefix) for key in left_over)]
             rest = _split(left_over, model.absent_keys)[1]
             notes[''] = f'left over from the classifier: {_list(rest + cut)}; new in the dense form: {_list(new)}'
+    if getattr(model, 'reduction', None) is not None:
+        new, missing = _split(missing, ('reduction.',))
+        if new:
+            notes['reduction'] = f'new with the reduction: {_list(new)}'
     problems = [
         f'{what}: {_list(keys, 6)}'
         for what, keys in (('missing', missing), ('unexpected', extra), ('of another shape', misfits))

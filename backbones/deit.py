@@ -23,6 +23,7 @@ from .layers.patches import build_stem
 from .layers.path_ensemble import PathEnsemble
 from .layers.positions import PositionTable
 from .plain import Grid, Plain, block_windows, check_plain, grid_of
+from .reduction.interface import TokenModel
 from .registry import register, weights
 
 _log = logging.getLogger('densezoo')
@@ -193,6 +194,11 @@ class DeiT(Plain):
     @property
     def prefix_suffices(self) -> bool:
         return self.path_ensemble is None and super().prefix_suffices
+
+    def token_model(self) -> TokenModel:
+        if self.path_ensemble is not None:
+            raise ValueError(f'{self.title} sums its paths over all tokens; reduce_tokens takes it without path_scale')
+        return super().token_model()
 
     def pool(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, C); for two heads (B, 2, C)."""

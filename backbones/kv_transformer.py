@@ -85,6 +85,10 @@ class KeyValueAttention(TokenAttention):
         if self.map_pos is not None:
             self.map_pos.bias.requires_grad_(False)  # without effect, see above; kept for weights of the author's code
 
+    @property
+    def any_tokens(self) -> bool:
+        return self.map_pos is None and super().any_tokens  # positions are those of the sequence
+
     def forward(
         self, x: Tensor, grid: tuple[int, int], bias: Tensor | None = None, outputs: int | None = None
     ) -> Tensor:

@@ -38,6 +38,7 @@ from .layers.grid import ceil_div, to_first
 from .layers.heads import HeadFactory
 from .layers.norm import NormFactory
 from .layers.pyramid import PyramidLevel, pyramid_strides
+from .reduction.interface import Reduction, TokenModel, Tokens
 from .sizes import AnySize, FixedSize, Resampled
 
 Grid = tuple[int, int]
@@ -103,6 +104,7 @@ class Plain(Backbone):
         self.num_prefix_tokens = len(prefix) if self.prefix_in_blocks else 0  # of those that blocks see
         self.in_chans, self.num_features, self.drop_rate = in_chans, dim, drop_rate
         self.features_only, self.head_kind, self.grad_checkpointing = features_only, head, False
+        self.reduction: Reduction | None = None  # set by `reduce_tokens`
         self.prefix_names = tuple(prefix)
         for name in prefix:
             self.register_parameter(name, nn.Parameter(torch.zeros(1, 1, dim)))
@@ -227,6 +229,9 @@ class Plain(Backbone):
         self, x: Tensor, grid: Grid, wanted: Collection[int] = (), last: int | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """The tokens after the blocks, up to block `last`, and those after each block in `wanted`."""
+        if self.reduction is not None:
+            tokens, kept = self._run_reduced(self.reduction, x, grid, True, wanted, last)
+            return self.reduction.restore(tokens), kept
         kept = []
         for i, block in enumerate(self.blocks):
             x = self._call(block, x, grid)
@@ -248,11 +253,27 @@ class Plain(Backbone):
 
     def _read_by_head(self, x: Tensor, grid: Grid) -> Tensor:
         """The tokens after the last block, or the first of them where the head needs no more: the same in less time."""
+        if self.reduction is not None:
+            prefix_alone = self.pooling == 'token' and self.num_prefix_tokens > 0
+            tokens, _ = self._run_reduced(self.reduction, x, grid, not prefix_alone)
+            return self.reduction.for_head(tokens, prefix_alone)
         if not self.prefix_suffices:
             return self.run_blocks(x, grid)[0]
         if len(self.blocks) > 1:
             x = self.run_blocks(x, grid, last=len(self.blocks) - 2)[0]
         return self._call(self.blocks[-1], x, grid, None, self.num_prefix_tokens)
+
+    def _run_reduced(
+        self,
+        reduction: Reduction,
+        x: Tensor,
+        grid: Grid,
+        track: bool,
+        wanted: Collection[int] = (),
+        last: int | None = None,
+    ) -> tuple[Tokens, list[Tensor]]:
+        blocks: Any = self.blocks
+        return reduction.run(blocks, x, grid, call=self._call, track=track, wanted=wanted, last=last)
 
     def finish(self, x: Tensor) -> Tensor:
         """What follows the blocks in a classifier."""
@@ -265,6 +286,36 @@ class Plain(Backbone):
     def to_map(self, x: Tensor, grid: Grid) -> Tensor:
         """The patches among the tokens as a map (B, H, W, C)."""
         return x[:, self.num_prefix_tokens :].unflatten(1, grid)
+
+    def token_model(self) -> TokenModel:
+        """What `reduce_tokens` needs to know.
+
+        Raises:
+            ValueError: a block needs the grid, or attends within windows.
+        """
+        for i, block in enumerate(self.blocks):
+            if not getattr(block, 'any_tokens', False):
+                mixer = getattr(block, 'attn', block)
+                raise ValueError(
+                    f'{self.title} has no sequence of tokens to reduce: block {i} ({type(mixer).__name__}) needs all '
+                    f'tokens on their grid; attention to all tokens is what reduce_tokens takes'
+                    + ('; build the model with window_size=None' if getattr(mixer, 'window_size', None) else '')
+                )
+        stride = self.stride
+        own = getattr(self.pos_embed, 'grid', None)
+        size = (own[0] * stride, own[1] * stride) if own else self.default_cfg['input_size'][-2:]
+        first: Any = self.blocks[0]
+        attention = first.attn if hasattr(first, 'attn') else first.attns[0].part
+        return TokenModel(
+            depth=len(self.blocks),
+            dim=self.num_features,
+            num_heads=attention.num_heads,
+            prefix=self.prefix_names if self.prefix_in_blocks else (),
+            grid=(ceil_div(size[0], stride), ceil_div(size[1], stride)),
+            image_size=size,
+            in_chans=self.in_chans,
+            blocks=lambda: list(self.blocks),
+        )
 
     # ---- timm's interface
 

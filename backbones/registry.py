@@ -23,6 +23,7 @@ from .arguments import check_arguments
 from .backbone import Backbone, normalise_indices
 from .checkpoint import load_checkpoint, load_published
 from .layers.lookup import nearest
+from .reduction import reduce_tokens
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,16 @@ class Entry:
 _ENTRIES: dict[str, Entry] = {}
 
 # create_model's own arguments, which every model takes
-_COMMON = ('pretrained', 'features_only', 'out_indices', 'in_chans', 'num_classes', 'img_size', 'checkpoint_path')
+_COMMON = (
+    'pretrained',
+    'features_only',
+    'out_indices',
+    'in_chans',
+    'num_classes',
+    'img_size',
+    'checkpoint_path',
+    'reduction',
+)
 
 
 def weights(
@@ -178,6 +188,7 @@ def create_model(
     num_classes: int = 1000,
     img_size: int | tuple[int, int] | None = None,
     checkpoint_path: str = '',
+    reduction: Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> nn.Module:
     """Builds a backbone: a classifier, or with `features_only` the same class in its dense form.
@@ -191,6 +202,7 @@ def create_model(
         num_classes: 0 for pooled features.
         img_size: for models made for one size; None for the registered one.
         checkpoint_path: a file for `load_checkpoint`.
+        reduction: dict(type=..., r=...), a method of `reduce_tokens` with its settings.
         overrides: arguments of the model's class, see `constructor_arguments`; timm's `pretrained_cfg_overlay` and
             `cache_dir`.
 
@@ -201,9 +213,11 @@ def create_model(
         raise ValueError('pass pretrained=True or checkpoint_path=, not both')
     base, _, tag = name.partition('.')
     if base not in _ENTRIES and is_model(base):
-        return _from_timm(
-            name, pretrained, features_only, out_indices, in_chans, num_classes, img_size, checkpoint_path, overrides
+        early = checkpoint_path if reduction is None else ''
+        model = _from_timm(
+            name, pretrained, features_only, out_indices, in_chans, num_classes, img_size, early, overrides
         )
+        return model if reduction is None else _reduced(model, reduction, checkpoint_path)
     model = build(
         base,
         pretrained=pretrained,
@@ -214,6 +228,16 @@ def create_model(
         num_classes=num_classes,
         **(overrides if img_size is None else {**overrides, 'img_size': img_size}),
     )
+    return _reduced(model, reduction, checkpoint_path)
+
+
+def _reduced(model: nn.Module, reduction: Mapping[str, Any] | None, checkpoint_path: str) -> nn.Module:
+    """The model with fewer tokens where that is asked for, and with weights from a file."""
+    if reduction is not None:
+        if not isinstance(reduction, Mapping) or 'type' not in reduction:
+            raise ValueError(f'reduction must be dict(type=..., ...) or None, got {reduction=}')
+        settings = dict(reduction)
+        model = reduce_tokens(model, settings.pop('type'), **settings)
     if checkpoint_path:
         load_checkpoint(model, checkpoint_path)
     return model

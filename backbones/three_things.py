@@ -8,9 +8,10 @@ so); other sizes and the dense form as in deit.py. No weights were published.
 
 # B batch, N tokens, C channels, H W size of the grid
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
@@ -37,7 +38,11 @@ class Branch(nn.Module):
         self.layer_scale = Scale(dim, init=layer_scale) if layer_scale is not None else None
 
     def forward(self, x: Tensor, *context: Any) -> Tensor:
-        x = self.drop_path(self.part(self.norm(x), *context))
+        return self.scaled(self.part(self.norm(x), *context))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """s * drop(x)."""
+        x = self.drop_path(x)
         return x if self.layer_scale is None else self.layer_scale(x)
 
     def for_deploy(self) -> nn.Module:
@@ -66,6 +71,34 @@ class ParallelBlock(nn.Module):
     def mix_channels(self, x: Tensor) -> Tensor:
         """The second half."""
         return x + sum(branch(x) for branch in self.mlps)
+
+    # ---- the first half in its steps, see `reduction.interface`: the heads of all branches side by side
+
+    @property
+    def any_tokens(self) -> bool:
+        return all(getattr(branch.part, 'any_tokens', False) for branch in self.attns)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = zip(*(branch.part.split(branch.norm(x)) for branch in self.attns))  # type: ignore
+        return torch.cat(query, 1), torch.cat(key, 1), torch.cat(value, 1)
+
+    def weigh(self, query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
+        return torch.cat([part.weigh(*heads) for part, *heads in self._by_branch(query, key, bias=bias)], 1)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        return torch.cat([part.attend(*heads) for part, *heads in self._by_branch(query, key, value, bias=bias)], 1)
+
+    def join(self, x: Tensor, out: Tensor) -> Tensor:
+        for branch, heads in zip(self.attns, out.chunk(len(self.attns), 1)):
+            normed = branch.norm(x) if getattr(branch.part, 'gate', None) is not None else x  # type: ignore
+            x = x + branch.scaled(branch.part.join(heads, normed))  # type: ignore
+        return x
+
+    def _by_branch(self, *heads: Tensor, bias: Tensor | None) -> Iterator[tuple[Any, ...]]:
+        count = len(self.attns)
+        apart = bias.chunk(count, 1) if bias is not None and bias.shape[1] > 1 else [bias] * count
+        for branch, *own in zip(self.attns, *(part.chunk(count, 1) for part in heads), apart):
+            yield (branch.part, *own)
 
 
 class ParallelViT(Plain):

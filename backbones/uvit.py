@@ -43,6 +43,10 @@ class PartAttention(TokenAttention):
             raise ValueError(f'parts must be positive, got {parts=}')
         self.parts = parts
 
+    @property
+    def any_tokens(self) -> bool:
+        return self.parts == 1
+
     def forward(
         self, x: Tensor, grid: tuple[int, int], bias: Tensor | None = None, outputs: int | None = None
     ) -> Tensor:

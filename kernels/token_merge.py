@@ -39,6 +39,19 @@ class Matching:
     tokens: int
     distill_token: bool = False
 
+    def places(self) -> Tensor:
+        """(B, N) int64: the position after merging of what each token became part of."""
+        B, kept = self.stay.shape
+        partner = torch.arange(kept, kept + self.b.numel(), device=self.b.device)
+        stay = torch.arange(kept, device=self.b.device)
+        if self.distill_token:  # the first of B comes second, and what follows it in A one later
+            stay = stay + (stay > 0)
+            partner = torch.where(partner == kept, 1, partner)
+        place = torch.empty(B, self.tokens, dtype=torch.int64, device=self.b.device)
+        place = place.index_copy(1, self.b, partner.expand(B, -1))
+        place = place.scatter(1, self.a[self.stay], stay.expand(B, -1))
+        return place.scatter(1, self.a[self.source], partner[self.target])
+
 
 def match_tokens(
     metric: Tensor, r: int, *, class_token: bool = False, distill_token: bool = False, backend: str | None = None

@@ -168,6 +168,37 @@ class TokenAttention(nn.Module):
             out = out * self.gate(x if outputs is None else x[:, :outputs])
         return self.proj(out.flatten(2))
 
+    # ---- the steps, for what reduces tokens between them: see `backbones.reduction.interface`
+
+    @property
+    def any_tokens(self) -> bool:
+        """Whether tokens may be fewer and in another order than the grid has them."""
+        return self.window_size is None
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of (B, N, C), each (B, h, N, d)."""
+        query, key, value = self._split(self.qkv(x))
+        return query, key, value
+
+    def weigh(self, query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
+        """p, (B, h, N, M)."""
+        logits = (query * self.scale) @ key.transpose(-2, -1)
+        logits = logits if bias is None else logits + bias
+        return logits.softmax(-1) if self.softmax is None else self.softmax(logits)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        """p v, (B, h, N, d), without p in memory where that is possible."""
+        if self.training and self.key_drop:
+            key, value, bias = self._drop_keys(key, value, bias)
+        return self._attend(query, key, value, bias)
+
+    def join(self, out: Tensor, x: Tensor) -> Tensor:
+        """(B, N, C) from the heads' outputs (B, h, N, d); x is what the queries were computed from."""
+        out = out.transpose(1, 2)
+        if self.gate is not None:
+            out = out * self.gate(x)
+        return self.proj(out.flatten(2))
+
     def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values, each (B, h, N, d)."""
         B, N, C3 = qkv.shape

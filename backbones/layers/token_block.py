@@ -67,6 +67,25 @@ class TokenBlock(nn.Module):
         """The second half."""
         return self._add(x, self.mlp(self.norm2(x)), self.layer_scale2)
 
+    # ---- the first half in its steps, see `backbones.reduction.interface`
+
+    @property
+    def any_tokens(self) -> bool:
+        return getattr(self.attn, 'any_tokens', False)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.attn.split(self.norm1(x))  # type: ignore[operator]
+
+    def weigh(self, query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.attn.weigh(query, key, bias)  # type: ignore[operator]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.attn.attend(query, key, value, bias)  # type: ignore[operator]
+
+    def join(self, x: Tensor, out: Tensor) -> Tensor:
+        normed = self.norm1(x) if getattr(self.attn, 'gate', None) is not None else x
+        return self._add(x, self.attn.join(out, normed), self.layer_scale1)  # type: ignore[operator]
+
     def for_deploy(self) -> nn.Module:
         """The same block in evaluation mode: layer scales inside the last linear layers of their branches, norms that
         are affine inside the first."""
