@@ -1,7 +1,7 @@
 """Fewer tokens in plain backbones: `reduce_tokens(model, method, **settings)`. See `interface` for how it works and how
 a method is written."""
 
-from . import tome
+from . import ats, tome
 from .interface import METHODS, Block, Reduction, TokenModel, Tokens, register_method
 from .reduce import reduce_tokens
 from .schedule import Schedule
@@ -13,6 +13,7 @@ __all__ = [
     'Schedule',
     'TokenModel',
     'Tokens',
+    'ats',
     'reduce_tokens',
     'register_method',
     'tome',

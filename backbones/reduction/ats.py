@@ -32,13 +32,13 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Inverse transform sampling: the patches that `count` evenly spread heights hit.
 
-    With c the cumulated scores in rising order, moved and scaled so that the first is 0 and the last 1, heights run from
-    the smallest c above 0 to 1; each hits the patch whose c is nearest, the less significant one if two are. The patch
-    with c = 0 is never hit.
+    With c the cumulated scores in rising order, moved and scaled so that the first is 0 and the last 1, heights run
+    from the smallest c above 0 to 1; each hits the patch whose c is nearest, the less significant one if two are. The
+    patch with c = 0 is never hit.
 
     Args:
         scores: (B, L), not negative.
-        count: heights, at least 2; only the `count` most significant patches are hit.
+        count: heights; only the `count` most significant patches are hit.
         alive: (B, L) bool, the patches that exist; None if all do.
         count_dead: patches that do not exist have part in the scaling, as in the authors' code for training: the least
             significant one that exists can then be hit.
@@ -47,12 +47,8 @@ def sample(
         order (B, L) int64, the patches by rising significance, those that do not exist first, and (B, L) bool, which of
         them are hit, in that order.
 
-    Raises:
-        ValueError: count is below 2.
     """
-    if count < 2:
-        raise ValueError(f'count must be at least 2, got {count=}')
-    B, L = scores.shape
+    L = scores.shape[1]
     scores = scores.float()
     if alive is not None:
         scores = torch.where(alive, scores, -1.0)
@@ -63,18 +59,17 @@ def sample(
         lowest = cumulated[:, :1]
     else:
         lowest = cumulated.gather(1, (L - alive.sum(1, keepdim=True)).clamp(max=L - 1))
-    heights = ((cumulated - lowest) / (cumulated[:, -1:] - lowest)).clamp_min(0)
+    heights = ((cumulated - lowest) / (cumulated[:, -1:] - lowest).clamp_min(1e-12)).clamp_min(0)
     candidate = heights > 0
-    first = torch.where(candidate, heights, 2.0).amin(1, keepdim=True)
+    first = torch.where(candidate, heights, 1.0).amin(1, keepdim=True)
     if count < L:
         candidate = candidate & (torch.arange(L, device=scores.device) >= L - count)
-    # the heights first + i (1 - first) / (count - 1) that are at most the middle between a patch and the next one are
-    # nearer to it or to a patch before it: counted instead of compared one by one
+    # A height is nearer to a patch, or to one before it, than to the next one if it is at most the middle between the
+    # two: how many of the heights first + i (1 - first) / (count - 1) are, is counted instead of compared one by one.
     middle = (heights[:, 1:] + heights[:, :-1]) / 2
     below = torch.floor((middle - first) * ((count - 1) / (1 - first).clamp_min(1e-12))) + 1
-    below = torch.where(candidate[:, :-1], below.clamp(0, count), 0.0)
-    upper = F.pad(below, (0, 1), value=float(count))
-    return order, candidate & (upper > F.pad(below, (1, 0)))
+    below = torch.where(candidate[:, :-1], below.clamp_min(0), 0.0)
+    return order, candidate & (F.pad(below, (0, 1), value=float('inf')) > F.pad(below, (1, 0)))
 
 
 @register_method('ats')
@@ -94,6 +89,7 @@ class ATS(Reduction):
     defaults = {'r': 0}
     first_layer = 3
     most = 1.0
+    least = 8  # the authors'
 
     def __init__(self, *, model: TokenModel, schedule: Schedule, drop_tokens: bool = True):
         super().__init__(model=model, schedule=schedule)
@@ -121,7 +117,7 @@ class ATS(Reduction):
             scores = significance(weights, value)[:, P:]
             patches = None if alive is None else alive[:, P:]
             count = self.most_left(i, before.shape[1]) - P
-            order, kept = sample(scores, max(count, 2), patches, count_dead=not self.drop_tokens)
+            order, kept = sample(scores, count, patches, count_dead=not self.drop_tokens)
             chosen, left = _compact(order, kept, self._length(kept, min(count, N - P)))
             index = torch.cat((torch.arange(P, device=x.device).expand(B, -1), chosen + P), 1)
             exists = F.pad(left, (P, 0), value=True)
@@ -148,7 +144,8 @@ class ATS(Reduction):
     def most_left(self, i: int, tokens: int) -> int:
         """How many of `tokens` that entered the first block can be left after block i: no image keeps more."""
         for j in range(i + 1):
-            tokens -= self.remove(j, tokens)
+            if self.schedule.amounts[j]:  # otherwise a symbolic number stays what it is
+                tokens -= self.remove(j, tokens)
         return tokens
 
     def _length(self, kept: Tensor, most: int) -> int:
@@ -164,7 +161,6 @@ def _fixed(x: Tensor) -> bool:
 
 
 def _compact(order: Tensor, kept: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """The first `length` of (B, L) patches with those kept ahead, in their order: (B, length) patches, and which of them
-    are kept."""
-    first = (~kept).to(torch.uint8).argsort(dim=1, stable=True)[:, :length]
+    """The first `length` of (B, L) patches with those kept ahead, in their order, and which of them are kept."""
+    first = (~kept).to(torch.int32).argsort(dim=1, stable=True)[:, :length]
     return order.gather(1, first), kept.gather(1, first)

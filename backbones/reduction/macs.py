@@ -12,7 +12,8 @@ def on_meta(model: nn.Module) -> nn.Module:
     memo: dict[int, object] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         empty = tensor.detach().to('meta')
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+        # the counter cannot follow modules that return parameters which require gradients
+        memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(model, memo).eval()
 
 

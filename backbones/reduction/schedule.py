@@ -23,9 +23,14 @@ SETTINGS = ('r', 'ratio', 'target', 'layers', 'inflect')
 
 @dataclass(frozen=True)
 class Schedule:
-    """Amounts per block: whole numbers of tokens, or shares (float) of the patches that are left."""
+    """Amounts per block: whole numbers of tokens, or shares (float) of the patches that are left.
+
+    Attributes:
+        active: the blocks that the settings speak of, for methods that may act where the amount is 0.
+    """
 
     amounts: tuple[int | float, ...]
+    active: tuple[int, ...] = ()
 
     def remove(self, i: int, tokens: int, *, prefix: int, least: int = 0, most: float = 0.5) -> int:
         """How many tokens leave in block i.
@@ -84,6 +89,7 @@ def make_schedule(
         places = tuple(range(depth)) if layers is None else active
         if len(value) > len(places):
             raise ValueError(f'{name} must have at most {len(places)} entries, one per block, got {len(value)}')
+        active = places[: len(value)]
         for place, amount in zip(places, value):
             amounts[place] = amount
     else:
@@ -94,7 +100,7 @@ def make_schedule(
             _check_r(amount, value, patches, prefix)
         elif isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 <= amount <= most:
             raise ValueError(f'ratio must be from 0 to {most:g}, what one block can remove, got {ratio=}')
-    return Schedule(tuple(amounts if name == 'r' else map(float, amounts)))
+    return Schedule(tuple(amounts if name == 'r' else map(float, amounts)), active)
 
 
 def _check_r(amount: Any, given: Any, patches: int, prefix: Sequence[str]) -> None:
