@@ -1,7 +1,7 @@
 """Fewer tokens in plain backbones: `reduce_tokens(model, method, **settings)`. See `interface` for how it works and how
 a method is written."""
 
-from . import ats, tome
+from . import ats, stvit, tome
 from .interface import METHODS, Block, Reduction, TokenModel, Tokens, register_method
 from .reduce import reduce_tokens
 from .schedule import Schedule
@@ -16,5 +16,6 @@ __all__ = [
     'ats',
     'reduce_tokens',
     'register_method',
+    'stvit',
     'tome',
 ]
