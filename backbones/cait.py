@@ -20,7 +20,7 @@ from .layers import Mlp, Scale, TokenBlock, build_token_mixer, norm_factory
 from .layers.patches import build_stem
 from .layers.positions import PositionTable
 from .layers.scale import fold_scale
-from .layers.token_attention import TOKEN_MIXERS
+from .layers.token_attention import TOKEN_MIXERS, linear_rows, split_heads
 from .plain import Plain, block_windows, check_plain, grid_of
 from .registry import register, weights
 
@@ -56,6 +56,13 @@ class TalkingHeads(nn.Module):
         B, N, _ = x.shape
         query, key, value = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         return query, key, value
+
+    def query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        query, key = split_heads(linear_rows(self.qkv, x, 0, 2), self.num_heads, 2)
+        return query, key
+
+    def value(self, x: Tensor) -> Tensor:
+        return split_heads(linear_rows(self.qkv, x, 2, 3), self.num_heads, 1)[0]
 
     def weigh(self, query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
         logits = self._mix((query * self.scale) @ key.transpose(-2, -1), self.proj_l)

@@ -255,7 +255,7 @@ class Plain(Backbone):
         """The tokens after the last block, or the first of them where the head needs no more: the same in less time."""
         if self.reduction is not None:
             prefix_alone = self.pooling == 'token' and self.num_prefix_tokens > 0
-            tokens, _ = self._run_reduced(self.reduction, x, grid, not prefix_alone)
+            tokens, _ = self._run_reduced(self.reduction, x, grid, not prefix_alone, prefix_alone=prefix_alone)
             return self.reduction.for_head(tokens, prefix_alone)
         if not self.prefix_suffices:
             return self.run_blocks(x, grid)[0]
@@ -271,9 +271,13 @@ class Plain(Backbone):
         track: bool,
         wanted: Collection[int] = (),
         last: int | None = None,
+        prefix_alone: bool = False,
     ) -> tuple[Tokens, list[Tensor]]:
         blocks: Any = self.blocks
-        return reduction.run(blocks, x, grid, call=self._call, track=track, wanted=wanted, last=last)
+        call = self._call
+        return reduction.run(
+            blocks, x, grid, call=call, track=track, wanted=wanted, last=last, prefix_alone=prefix_alone
+        )
 
     def finish(self, x: Tensor) -> Tensor:
         """What follows the blocks in a classifier."""

@@ -82,6 +82,13 @@ class ParallelBlock(nn.Module):
         query, key, value = zip(*(branch.part.split(branch.norm(x)) for branch in self.attns))  # type: ignore
         return torch.cat(query, 1), torch.cat(key, 1), torch.cat(value, 1)
 
+    def query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        query, key = zip(*(branch.part.query_key(branch.norm(x)) for branch in self.attns))  # type: ignore
+        return torch.cat(query, 1), torch.cat(key, 1)
+
+    def value(self, x: Tensor) -> Tensor:
+        return torch.cat([branch.part.value(branch.norm(x)) for branch in self.attns], 1)  # type: ignore
+
     def weigh(self, query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
         return torch.cat([part.weigh(*heads) for part, *heads in self._by_branch(query, key, bias=bias)], 1)
 

@@ -10,12 +10,15 @@ from .neighborhood import neighborhood_attention
 from .nms import apart, suppress, suppress_by_products
 from .pool_mixer import pool_mixer
 from .sparse_window import sparse_window_attention
+from .token_fusion import Fusion, fuse_by_scores, fusion_scores
 from .token_merge import Matching, match_every_kth, match_tokens, merge_source, token_merge, token_unmerge
+from .token_places import sum_to_places, take_places
 from .window_attention import window_attention
 from .windows import Sets, Windows, build_windows, rotated_sets
 
 __all__ = [
     'Choice',
+    'Fusion',
     'Matching',
     'Sets',
     'Windows',
@@ -23,6 +26,8 @@ __all__ = [
     'block_sparse_attention',
     'build_windows',
     'explain',
+    'fuse_by_scores',
+    'fusion_scores',
     'global_filter',
     'hilo_attention',
     'long_convolution',
@@ -36,8 +41,10 @@ __all__ = [
     'resample_filter',
     'rotated_sets',
     'sparse_window_attention',
+    'sum_to_places',
     'suppress',
     'suppress_by_products',
+    'take_places',
     'token_merge',
     'token_unmerge',
     'use',

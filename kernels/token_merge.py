@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import refuse_triton, select
+from .token_places import sum_to_places, take_places
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,16 @@ class Matching:
     distill_token: bool = False
 
     def places(self) -> Tensor:
-        """(B, N) int64: the position after merging of what each token became part of."""
+        """(B, N) int64: the position after merging of what each token became part of; dropped ones are left out."""
+        if not self.source.shape[1]:
+            return torch.arange(self.tokens, device=self.b.device).expand(self.stay.shape[0], -1)
         B, kept = self.stay.shape
         partner = torch.arange(kept, kept + self.b.numel(), device=self.b.device)
         stay = torch.arange(kept, device=self.b.device)
         if self.distill_token:  # the first of B comes second, and what follows it in A one later
             stay = stay + (stay > 0)
             partner = torch.where(partner == kept, 1, partner)
-        place = torch.empty(B, self.tokens, dtype=torch.int64, device=self.b.device)
+        place = torch.empty(B, self.a.numel() + self.b.numel(), dtype=torch.int64, device=self.b.device)
         place = place.index_copy(1, self.b, partner.expand(B, -1))
         place = place.scatter(1, self.a[self.stay], stay.expand(B, -1))
         return place.scatter(1, self.a[self.source], partner[self.target])
@@ -127,7 +130,9 @@ def token_merge(x: Tensor, matching: Matching, size: Tensor | None = None) -> tu
     size = x.new_ones(x.shape[0], x.shape[1], 1) if size is None else size
     if not matching.source.shape[1]:
         return x, size
-    weighted, total = (_scattered(t, matching, 'sum') for t in (x * size, size))
+    place, left = matching.places(), matching.stay.shape[1] + matching.b.numel()
+    matched = place.shape[1]  # fewer where some at the end are dropped
+    weighted, total = (sum_to_places(t[:, :matched], place, left) for t in (x * size, size))
     return weighted / total, total
 
 
@@ -143,7 +148,10 @@ def merge_source(matching: Matching, source: Tensor | None = None) -> Tensor:
     if source is None:
         N = matching.tokens
         source = torch.eye(N, device=matching.a.device).expand(matching.stay.shape[0], N, N)
-    return _scattered(source, matching, 'amax') if matching.source.shape[1] else source
+    if not matching.source.shape[1]:
+        return source
+    place, left = matching.places(), matching.stay.shape[1] + matching.b.numel()
+    return sum_to_places(source[:, : place.shape[1]], place, left).clamp_max(1)
 
 
 def token_unmerge(x: Tensor, matching: Matching) -> Tensor:
@@ -158,21 +166,13 @@ def token_unmerge(x: Tensor, matching: Matching) -> Tensor:
     Raises:
         ValueError: x has not as many tokens as the matching left.
     """
-    stay, target, nb = matching.stay, matching.target, matching.b.numel()
+    stay, nb = matching.stay, matching.b.numel()
     left = stay.shape[1] + nb
     if x.ndim != 3 or x.shape[0] != stay.shape[0] or x.shape[1] != left:
         raise ValueError(f'x must be ({stay.shape[0]}, {left}, C), the tokens that merging left, got {tuple(x.shape)=}')
     if not matching.source.shape[1]:
         return x
-    if matching.distill_token:
-        x = torch.cat((x[:, :1], x[:, 2 : stay.shape[1] + 1], x[:, 1:2], x[:, stay.shape[1] + 1 :]), 1)
-    C = x.shape[2]
-    kept, partners = x[:, : stay.shape[1]], x[:, stay.shape[1] :]
-    out = x.new_empty(x.shape[0], matching.a.numel() + nb, C)
-    out = out.index_copy(1, matching.b, partners)
-    merged = partners.gather(1, target[..., None].expand(-1, -1, C))
-    out = out.scatter(1, matching.a[stay][..., None].expand(-1, -1, C), kept)
-    return out.scatter(1, matching.a[matching.source][..., None].expand(-1, -1, C), merged)
+    return take_places(x, matching.places())
 
 
 def best_partners(metric: Tensor, class_token: bool, distill_token: bool) -> tuple[Tensor, Tensor]:
@@ -192,21 +192,6 @@ def can_run_triton(metric: Tensor) -> str | None:
     if metric.shape[2] > 256:
         return f'the metric is {metric.shape[2]} channels wide, and the kernel takes up to 256'
     return refuse_triton({'metric': metric})
-
-
-def _scattered(x: Tensor, matching: Matching, reduce: str) -> Tensor:
-    C = x.shape[2]
-
-    def taken(values: Tensor, index: Tensor) -> Tensor:
-        return values.gather(1, index[..., None].expand(-1, -1, C))
-
-    in_a, partners = x[:, matching.a], x[:, matching.b]
-    target = matching.target[..., None].expand(-1, -1, C)
-    partners = partners.scatter_reduce(1, target, taken(in_a, matching.source), reduce, include_self=True)
-    stay = taken(in_a, matching.stay)
-    if matching.distill_token:
-        return torch.cat((stay[:, :1], partners[:, :1], stay[:, 1:], partners[:, 1:]), 1)
-    return torch.cat((stay, partners), 1)
 
 
 def _check_metric(metric: Tensor) -> None:

@@ -10,6 +10,7 @@ from .config import find_config, load_config
 from .loops import EpochLoop, IterLoop
 from .optim import LayerDecayConstructor, OptimWrapper
 from .preprocess import Preprocess
+from .reduction import ReducedClassifier
 from .runner import Runner, build_runner
 from .tasks import Detector, ImageClassifier, Restorer, Segmentor, Task
 
@@ -21,6 +22,7 @@ __all__ = [
     'LayerDecayConstructor',
     'OptimWrapper',
     'Preprocess',
+    'ReducedClassifier',
     'Restorer',
     'Runner',
     'Segmentor',

@@ -180,6 +180,17 @@ class TokenAttention(nn.Module):
         query, key, value = self._split(self.qkv(x))
         return query, key, value
 
+    def query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if not isinstance(self.qkv, nn.Linear):
+            return self.split(x)[:2]
+        query, key = split_heads(linear_rows(self.qkv, x, 0, 2), self.num_heads, 2)
+        return query, key
+
+    def value(self, x: Tensor) -> Tensor:
+        if not isinstance(self.qkv, nn.Linear):
+            return self.split(x)[2]
+        return split_heads(linear_rows(self.qkv, x, 2, 3), self.num_heads, 1)[0]
+
     def weigh(self, query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
         """p, (B, h, N, M)."""
         logits = (query * self.scale) @ key.transpose(-2, -1)
@@ -240,6 +251,18 @@ class TokenAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f'num_heads={self.num_heads}, window_size={self.window_size}, key_drop={self.key_drop}'
+
+
+def linear_rows(qkv: nn.Linear, x: Tensor, first: int, last: int) -> Tensor:
+    """Thirds `first` to `last` of what a linear layer for queries, keys and values gives."""
+    width = qkv.out_features // 3
+    bias = None if qkv.bias is None else qkv.bias[first * width : last * width]
+    return F.linear(x, qkv.weight[first * width : last * width], bias)
+
+
+def split_heads(x: Tensor, heads: int, parts: int) -> tuple[Tensor, ...]:
+    """(B, N, parts h d) -> that many (B, h, N, d)."""
+    return x.unflatten(2, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 # token mixers of plain backbones by name: modules (x, grid) -> (B, N, C), made with dim, num_heads, prefix, qkv_bias

@@ -76,6 +76,12 @@ class TokenBlock(nn.Module):
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.attn.split(self.norm1(x))  # type: ignore[operator]
 
+    def query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.attn.query_key(self.norm1(x))  # type: ignore[operator]
+
+    def value(self, x: Tensor) -> Tensor:
+        return self.attn.value(self.norm1(x))  # type: ignore[operator]
+
     def weigh(self, query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
         return self.attn.weigh(query, key, bias)  # type: ignore[operator]
 

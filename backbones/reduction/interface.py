@@ -11,7 +11,8 @@ that maps, pyramids, means over all tokens and class attention over them work un
 How to write a method: a subclass of `Reduction`, in a file of its own, with `@register_method('name')`.
 
 - `step(tokens, block, i)` runs block number i and returns the tokens that leave it. `self.plain_step` is a block as it
-  is. A block offers its parts (see `Block`): `split` into queries, keys and values of all heads, `weigh` for the
+  is. A block offers its parts (see `Block`): `split` into queries, keys and values of all heads
+  (`query_key` and `value` apart), `weigh` for the
   attention matrix or `attend` for its product with values, `join` for the residual sum, `mix_channels` for the MLP.
   Normalisation, layer scale, stochastic depth, gates and mixed heads are inside of these: call them and all of that
   composes. `self.remove(i, N)` is the number of tokens that the schedule takes away in this block.
@@ -38,7 +39,7 @@ How to write a method: a subclass of `Reduction`, in a file of its own, with `@r
 """
 
 # B batch, N tokens now, N0 tokens that entered, P of them prefix tokens, C channels, h heads, d head width
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
@@ -55,6 +56,12 @@ class Block(Protocol):
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, h, N, d) of the normalised tokens."""
+
+    def query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys alone."""
+
+    def value(self, x: Tensor) -> Tensor:
+        """Values alone."""
 
     def weigh(self, query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
         """Attention weights (B, h, Nq, Nk); `bias` is added to the scaled products."""
@@ -170,7 +177,7 @@ class Reduction(nn.Module):
 
     def __init__(self, *, model: TokenModel, schedule: Schedule):
         super().__init__()
-        self.schedule, self.prefix = schedule, len(model.prefix)
+        self.schedule, self.prefix, self.image_size = schedule, len(model.prefix), model.image_size
         self.recorded: list[Tokens] | None = None  # what left each block, where somebody wants to see it
         self.final: Tokens | None = None  # what left the last one, while training
 
@@ -191,6 +198,13 @@ class Reduction(nn.Module):
     def step(self, tokens: Tokens, block: Block, i: int) -> Tokens:
         """Block i; the definition of a method."""
         raise NotImplementedError
+
+    def prefix_step(self, tokens: Tokens, block: Block, i: int) -> Tokens:
+        """The last block where only the prefix tokens are read and nothing trains: those alone, in less time. A method
+        whose `step` gives them other values than a block without reduction would overrides it."""
+        query, key, value = block.split(tokens.x)
+        out = block.attend(query[:, :, : self.prefix], key, value, self.bias(tokens))
+        return Tokens(block.mix_channels(block.join(tokens.x[:, : self.prefix], out)))
 
     def restore(self, tokens: Tokens) -> Tensor:
         """(B, N0, C): a value for every token that entered."""
@@ -230,7 +244,7 @@ class Reduction(nn.Module):
 
     def run(
         self,
-        blocks: Iterable[Block],
+        blocks: Sequence[Block],
         x: Tensor,
         grid: Grid,
         *,
@@ -238,16 +252,19 @@ class Reduction(nn.Module):
         track: bool,
         wanted: Collection[int] = (),
         last: int | None = None,
+        prefix_alone: bool = False,
     ) -> tuple[Tokens, list[Tensor]]:
         """The tokens after the blocks, up to block `last`, and the restored ones after each block in `wanted`.
 
         Args:
             call: `call(function, *arguments)`, which checkpoints if that is on.
             track: see `begin`.
+            prefix_alone: see `prefix_step`.
         """
         tokens, kept = self.begin(x, grid, track), []
+        short = len(blocks) - 1 if prefix_alone and self.recorded is None and not self.training else None
         for i, block in enumerate(blocks):
-            tokens = call(self.step, tokens, block, i)
+            tokens = call(self.step if i != short else self.prefix_step, tokens, block, i)
             if self.recorded is not None:
                 self.recorded.append(tokens)
             if i in wanted:

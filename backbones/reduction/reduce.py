@@ -15,6 +15,7 @@ from .schedule import SETTINGS, Schedule, make_schedule
 from .timm_vit import REDUCED, describe_timm
 
 _Model = TypeVar('_Model', bound=nn.Module)
+_TOLERANCE = 0.004  # how far below its target a solved model's share of multiply-adds may lie
 
 
 def reduce_tokens(model: _Model, method: str, **settings: Any) -> _Model:
@@ -94,7 +95,7 @@ def _solved(
     target: Any,
     size: tuple[int, int],
 ) -> _Model:
-    """With the smallest ratio of tokens per block that needs at most `target` of the model's multiply-adds."""
+    """With an equal ratio in all blocks that needs just below `target` of the model's multiply-adds."""
     if 'r' in options or 'ratio' in options:
         raise ValueError(f'state one of r, ratio and target, got {target=} beside {options}')
     if not isinstance(target, int | float) or isinstance(target, bool) or not 0 < target <= 1:
@@ -105,16 +106,20 @@ def _solved(
         return kind(model=facts, schedule=_schedule(facts, kind, {**options, 'ratio': ratio}), **own)
 
     def share(ratio: float) -> float:
-        return count_macs(_attached(light, reduced(ratio)), size, facts.in_chans) / whole
+        return count_macs(_attached(light, reduced(ratio)), size) / whole
 
-    whole = count_macs(light, size, facts.in_chans)
-    low, high = 0.0, kind.most
-    if share(high) > target:
+    whole = count_macs(light, size)
+    low, high = 0.0, float(kind.most)
+    least = share(high)
+    if least > target:
         raise ValueError(
-            f'target must be at least {share(high):.3f}, the share of multiply-adds that is left when each block '
-            f'removes all it can, got {target=}'
+            f'target must be at least {least:.3f}, the share of multiply-adds that is left when each block removes all '
+            f'it can, got {target=}'
         )
-    while high - low > 1e-3 * kind.most:
-        middle = (low + high) / 2
-        low, high = (low, middle) if share(middle) <= target else (middle, high)
-    return _attached(model, reduced(round(high, 4) if share(round(high, 4)) <= target else high))
+    above, below = 1.0, least  # shares at low and high
+    while below < target - _TOLERANCE and high - low > 1e-4:
+        # nearly linear between the two; a little towards `high`, so that the next one is rarely above the target
+        guess = low + (high - low) * min(1.02 * (above - target) / (above - below) + 0.002, 0.99)
+        found = share(guess)
+        low, above, high, below = (guess, found, high, below) if found > target else (low, above, guess, found)
+    return _attached(model, reduced(high))

@@ -45,6 +45,10 @@ class Schedule:
         r = int(amount * patches) if isinstance(amount, float) else amount
         return max(min(r, tokens - least, int(most * patches)), 0)
 
+    def with_amount(self, amount: int | float) -> 'Schedule':
+        """The same blocks, each with this amount."""
+        return Schedule(tuple(amount if before else before for before in self.amounts))
+
     def __str__(self) -> str:
         same = set(self.amounts)
         if len(same) == 1:

@@ -15,6 +15,7 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..layers.token_attention import linear_rows, split_heads
 from .interface import Reduction, TokenModel, Tokens
 
 
@@ -29,6 +30,15 @@ class TimmBlock:
         qkv = attn.qkv(self.block.norm1(x)).reshape(*x.shape[:2], 3, attn.num_heads, attn.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return attn.q_norm(query), attn.k_norm(key), value
+
+    def query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        attn = self.block.attn
+        query, key = split_heads(linear_rows(attn.qkv, self.block.norm1(x), 0, 2), attn.num_heads, 2)
+        return attn.q_norm(query), attn.k_norm(key)
+
+    def value(self, x: Tensor) -> Tensor:
+        attn = self.block.attn
+        return split_heads(linear_rows(attn.qkv, self.block.norm1(x), 2, 3), attn.num_heads, 1)[0]
 
     def weigh(self, query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
         logits = (query * self.block.attn.scale) @ key.transpose(-2, -1)
@@ -110,7 +120,7 @@ class _Reduced(VisionTransformer):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         _refuse_masks(attn_mask, is_causal)
         prefix_alone = self.attn_pool is None and self.global_pool == 'token'
-        tokens = self._run(x, not prefix_alone)[0]
+        tokens = self._run(x, not prefix_alone, prefix_alone=prefix_alone)[0]
         return self.forward_head(self.norm(self.reduction.for_head(tokens, prefix_alone)))
 
     def forward_intermediates(

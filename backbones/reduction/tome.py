@@ -29,9 +29,12 @@ class ToMe(Reduction):
         super().__init__(model=model, schedule=schedule)
         self.proportional = proportional
 
+    def bias(self, tokens: Tokens) -> Tensor | None:
+        return super().bias(tokens) if self.proportional else None
+
     def step(self, tokens: Tokens, block: Block, i: int) -> Tokens:
         query, key, value = block.split(tokens.x)
-        x = block.join(tokens.x, block.attend(query, key, value, self.bias(tokens) if self.proportional else None))
+        x = block.join(tokens.x, block.attend(query, key, value, self.bias(tokens)))
         tokens = tokens._replace(x=x)
         r = self.remove(i, x.shape[1])
         if r:

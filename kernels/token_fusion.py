@@ -1,0 +1,102 @@
+"""Multi-criteria token fusion: which tokens are alike, of little information and small, and who joins whom.
+
+Tokens at even positions are A, at odd ones B. With m the metric divided by its norm, s[j] the attention that token j
+receives, averaged over heads and queries, and t[j] its size,
+
+    score[a, b] = ((m[a] . m[b] + 1) / 2) ** (1 / tau_sim)
+                  * (i[a] i[b]) ** (1 / tau_info) * (z[a] z[b]) ** (1 / tau_size)
+    i[j] = (1 / s[j]) / max over k of (1 / s[k]),        z[j] likewise from t
+
+and a tau of 0 leaves its factor out. Both ways: the r // 2 tokens of A with the highest scores join their best partners
+in B; then those of B with the highest scores join their best partners among the tokens of A that are left, and take
+with them what joined them. The order afterwards is (A in order of position, B in order of falling best score); one way
+only (A, all B). Source: Multi-criteria Token Fusion with One-step-ahead Attention, arXiv 2403.10030.
+"""
+
+# B batch, N tokens, C channels
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Fusion(NamedTuple):
+    """Where tokens go: place (B, N) int64, from 0 to left - 1."""
+
+    place: Tensor
+    left: int
+
+
+def fusion_scores(
+    metric: Tensor,
+    received: Tensor,
+    size: Tensor | None,
+    *,
+    tau_sim: float = 1.0,
+    tau_info: float = 20.0,
+    tau_size: float = 40.0,
+) -> Tensor:
+    """The formula above, (B, |A|, |B|).
+
+    Args:
+        metric: (B, N, C).
+        received: (B, N), the attention that each token receives.
+        size: (B, N, 1) or None, which leaves its factor out.
+    """
+    unit = metric / metric.norm(dim=-1, keepdim=True)
+    scores = (unit[:, ::2] @ unit[:, 1::2].mT + 1) / 2 if tau_sim else metric.new_ones(())
+    if tau_sim not in (0, 1):
+        scores = scores ** (1 / tau_sim)
+    weight = torch.ones_like(received)  # powers of tokens, not of pairs
+    if tau_info:
+        weight = weight * _relative(received) ** (1 / tau_info)
+    if tau_size and size is not None:
+        weight = weight * _relative(size[..., 0]) ** (1 / tau_size)
+    return scores * weight[:, ::2, None] * weight[:, None, 1::2]
+
+
+def fuse_by_scores(scores: Tensor, r: int, *, class_token: bool, both_ways: bool = True) -> Fusion:
+    """Who joins whom.
+
+    Args:
+        scores: (B, |A|, |B|).
+        r: tokens to remove, at most |B|.
+        class_token: position 0 holds one, which neither moves nor takes others up. Without it tokens of A that are left
+            are in order of falling score.
+
+    Raises:
+        ValueError: r is negative, or larger than |B|.
+    """
+    B, in_a, in_b = scores.shape
+    if not 0 <= r <= in_b:
+        raise ValueError(f'r must be from 0 to {in_b}, got {r=}')
+    if class_token:
+        scores = torch.cat((scores.new_full((B, 1, in_b), float('-inf')), scores[:, 1:]), 1)
+    first = r // 2 if both_ways else r
+    best, partner = scores.max(2)
+    order = best.argsort(dim=1, descending=True, stable=True)
+    stay, source = order[:, first:], order[:, :first]
+    if class_token:
+        stay = stay.sort(1).values
+    kept = in_a - first
+    places = torch.arange(max(kept, in_b), device=scores.device).expand(B, -1)
+    place_a = torch.zeros_like(partner).scatter(1, stay, places[:, :kept])
+    if both_ways:
+        remaining = scores.scatter(1, source[..., None].expand(-1, -1, in_b), float('-inf'))
+        best_b, partner_b = remaining.max(1)
+        order_b = best_b.argsort(dim=1, descending=True, stable=True)
+        second = r - first
+        place_b = torch.zeros_like(partner_b).scatter(1, order_b[:, second:], kept + places[:, : in_b - second])
+        moved = order_b[:, :second]
+        place_b = place_b.scatter(1, moved, place_a.gather(1, partner_b.gather(1, moved)))
+    else:
+        place_b = kept + places[:, :in_b]
+    place_a = place_a.scatter(1, source, place_b.gather(1, partner.gather(1, source)))
+    pairs = torch.stack((place_a[:, :in_b], place_b), 2).flatten(1)
+    return Fusion(torch.cat((pairs, place_a[:, in_b:]), 1), in_a + in_b - r)
+
+
+def _relative(values: Tensor) -> Tensor:
+    """Inverses over the largest inverse, (B, N)."""
+    inverse = 1 / values
+    return inverse / inverse.amax(1, keepdim=True)
