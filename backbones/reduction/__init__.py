@@ -1,7 +1,7 @@
 """Fewer tokens in plain backbones: `reduce_tokens(model, method, **settings)`. See `interface` for how it works and how
 a method is written."""
 
-from . import ats, mctf, stvit, tome
+from . import ats, mctf, pyra, sparsifiner, stvit, tome
 from .interface import METHODS, Block, Reduction, TokenModel, Tokens, register_method
 from .reduce import reduce_tokens
 from .report import Report, recording, report, trace_tokens, unreduced
@@ -17,10 +17,12 @@ __all__ = [
     'Tokens',
     'ats',
     'mctf',
+    'pyra',
     'recording',
     'reduce_tokens',
     'register_method',
     'report',
+    'sparsifiner',
     'stvit',
     'tome',
     'trace_tokens',

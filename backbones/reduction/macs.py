@@ -2,10 +2,12 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 _Model = TypeVar('_Model', bound=nn.Module)
@@ -41,7 +43,9 @@ def count_macs(
             computes the prefix tokens alone.
     """
     x = torch.empty(1, _channels(model), *(image_size or ()), device='meta') if image is None else image
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # the counter knows attention on a CPU in its plain form alone
+    plain = nullcontext() if x.is_meta else sdpa_kernel(SDPBackend.MATH)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), plain:
         if as_it_runs or getattr(model, 'features_only', False) or not hasattr(model, 'forward_head'):
             model(x)
         else:

@@ -132,6 +132,9 @@ class STViT(_Semantic):
             return tokens._replace(x=self._attend_apart(block, asking, context), extra=())
         return self.plain_step(tokens, block)
 
+    def prefix_step(self, tokens: Tokens, block: Block, i: int) -> Tokens:
+        return super().prefix_step(tokens, block, i) if i > self.first + 1 else self.step(tokens, block, i)
+
     def _attend_apart(self, block: Block, asking: Tensor, context: Tensor) -> Tensor:
         """`asking` after the block, where its semantic tokens attend to the context and to prefix tokens alone."""
         P, count = self.prefix, asking.shape[1]
