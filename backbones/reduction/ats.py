@@ -52,8 +52,8 @@ def sample(
     scores = scores.float()
     if alive is not None:
         scores = torch.where(alive, scores, -1.0)
-    scores, order = scores.sort(dim=1, stable=True)
-    scores = scores.clamp_min(0)
+    order = scores.argsort(dim=1, stable=True)
+    scores = scores.gather(1, order).clamp_min(0)
     cumulated = (scores / scores.sum(1, keepdim=True)).cumsum(1)
     if alive is None or count_dead:
         lowest = cumulated[:, :1]

@@ -8,14 +8,15 @@ attend to all tokens too; the loss of reconstruction compares with the model's o
 """
 
 # B batch, N tokens, P of them prefix tokens, h heads, d head width, c reduced width, K rows of the basis
-import math
 import re
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import block_sparse_attention
+from ..layers.grid import ceil_div
 from ..layers.resize import resize_table
 from ..layers.token_attention import TokenAttention
 from .interface import Block, Grid, Reduction, TokenModel, Tokens, register_method
@@ -143,7 +144,7 @@ class Sparsifiner(Reduction):
                 raise ValueError(f'{name} must be a positive whole number, got {name}={value!r}')
         if coefficients < 1:
             raise ValueError(f'coefficients must be positive, got {coefficients=}')
-        self.keep, self.block, self.reconstruction = keep, block, reconstruction
+        self.share, self.block, self.reconstruction = Fraction(keep).limit_denominator(1000), block, reconstruction
         self.predictors = nn.ModuleDict(
             {
                 str(i): ConnectivityPredictor(
@@ -159,6 +160,7 @@ class Sparsifiner(Reduction):
                 for i in schedule.active
             }
         )
+        self.predictors.requires_grad_(reconstruction > 0)  # a mask has no gradient
 
     def begin(self, x: Tensor, grid: Grid, track: bool) -> Tokens:
         # the grid, as a shape, and the loss so far
@@ -189,10 +191,13 @@ class Sparsifiner(Reduction):
         if self.block == 1:
             seen = keep_highest(scores, self._count(N))
             return F.pad(seen, (0, 0, self.prefix, 0), value=True)
-        scores = F.pad(scores, (0, 0, self.prefix, 0))
-        tiles = F.avg_pool2d(scores, self.block, ceil_mode=True, count_include_pad=False)
-        seen = keep_highest(tiles, self._count(tiles.shape[3]))
-        ahead = math.ceil(self.prefix / self.block)
+        side, count = self.block, ceil_div(N, self.block)
+        below, right = count * side - N, count * side - N
+        tiles = F.pad(scores, (0, right, self.prefix, below)).unflatten(3, (count, side)).unflatten(2, (count, side))
+        # the mean but for a factor that a row of tiles shares
+        existing = (N - torch.arange(count, device=scores.device) * side).clamp(max=side)
+        seen = keep_highest(tiles.sum((3, 5)) / existing, self._count(count))
+        ahead = ceil_div(self.prefix, self.block)
         return torch.cat((torch.ones_like(seen[:, :, :ahead]), seen[:, :, ahead:]), 2)
 
     def penalties(self, tokens: Tokens) -> dict[str, Tensor]:
@@ -208,7 +213,9 @@ class Sparsifiner(Reduction):
                 state[f'{prefix}predictors.{match[1]}.{key[match.end() :]}'] = state.pop(key)
 
     def _count(self, tokens: int) -> int:
-        return math.ceil(self.keep * tokens) if isinstance(tokens, int) else int(self.keep * tokens) + 1
+        """The share of them, rounded up; in whole numbers, which stay exact where they are symbolic."""
+        part, whole = self.share.numerator, self.share.denominator
+        return (tokens * part + whole - 1) // whole
 
     def _attend(self, block: Block, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         scale = plain_scale(block)
