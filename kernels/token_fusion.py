@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .token_places import falling, rising
+
 
 class Fusion(NamedTuple):
     """Where tokens go: place (B, N) int64, from 0 to left - 1."""
@@ -60,31 +62,32 @@ def fuse_by_scores(scores: Tensor, r: int, *, class_token: bool, both_ways: bool
 
     Args:
         scores: (B, |A|, |B|).
-        r: tokens to remove, at most |B|.
+        r: tokens to remove, at most half of those that are not the class token.
         class_token: position 0 holds one, which neither moves nor takes others up. Without it tokens of A that are left
             are in order of falling score.
 
     Raises:
-        ValueError: r is negative, or larger than |B|.
+        ValueError: r is negative, or too large.
     """
     B, in_a, in_b = scores.shape
-    if not 0 <= r <= in_b:
-        raise ValueError(f'r must be from 0 to {in_b}, got {r=}')
+    most = (in_a + in_b - class_token) // 2
+    if not 0 <= r <= most:
+        raise ValueError(f'r must be from 0 to {most}, got {r=}')
     if class_token:
         scores = torch.cat((scores.new_full((B, 1, in_b), float('-inf')), scores[:, 1:]), 1)
     first = r // 2 if both_ways else r
     best, partner = scores.max(2)
-    order = best.argsort(dim=1, descending=True, stable=True)
+    order = falling(best)
     stay, source = order[:, first:], order[:, :first]
     if class_token:
-        stay = stay.sort(1).values
+        stay = rising(stay)
     kept = in_a - first
     places = torch.arange(max(kept, in_b), device=scores.device).expand(B, -1)
     place_a = torch.zeros_like(partner).scatter(1, stay, places[:, :kept])
     if both_ways:
         remaining = scores.scatter(1, source[..., None].expand(-1, -1, in_b), float('-inf'))
         best_b, partner_b = remaining.max(1)
-        order_b = best_b.argsort(dim=1, descending=True, stable=True)
+        order_b = falling(best_b)
         second = r - first
         place_b = torch.zeros_like(partner_b).scatter(1, order_b[:, second:], kept + places[:, : in_b - second])
         moved = order_b[:, :second]

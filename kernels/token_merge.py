@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import refuse_triton, select
-from .token_places import sum_to_places, take_places
+from .token_places import falling, rising, sum_to_places, take_places
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,10 @@ def match_tokens(
             best, partner = best_partners_triton(metric, class_token, distill_token)
         else:
             best, partner = best_partners(metric, class_token, distill_token)
-        order = best.argsort(dim=-1, descending=True, stable=True)
+        order = falling(best)
         stay, source = order[:, r:], order[:, :r]
         if class_token:
-            stay = stay.sort(-1).values
+            stay = rising(stay)
         return Matching(stay, source, partner.gather(1, source), a, b, N, distill_token)
 
 

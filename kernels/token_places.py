@@ -3,8 +3,8 @@
     sum_to_places:  out[b, p] = sum over n with place[b, n] = p of x[b, n]        merging
     take_places:    out[b, n] = x[b, place[b, n]]                                 undoing it
 
-Each is one operation on whole rows of the flattened batch: on a CPU five to fifteen times faster than `scatter_add` and
-`gather` with an index per element, and copies of rows on a GPU. The gradient of each is the other.
+The first two are one operation on whole rows of the flattened batch: on a CPU five to fifteen times faster than
+`scatter_add` and `gather` with an index per element, and copies of rows on a GPU. The gradient of each is the other.
 """
 
 # B batch, N rows before, M after, C channels
@@ -23,6 +23,9 @@ def sum_to_places(x: Tensor, place: Tensor, left: int) -> Tensor:
         ValueError: the shapes do not fit.
     """
     B, C = _check(x, place, same=True)
+    if torch.compiler.is_exporting():  # TensorRT takes no scattering that adds
+        goes = place[:, None] == torch.arange(left, device=x.device)[:, None]
+        return goes.to(x.dtype) @ x
     out = torch.zeros(B * left, C, dtype=x.dtype, device=x.device)
     return out.index_add(0, _flat(place, left), x.reshape(-1, C)).view(B, left, C)
 
@@ -39,6 +42,21 @@ def take_places(x: Tensor, place: Tensor) -> Tensor:
     """
     B, C = _check(x, place, same=False)
     return x.reshape(-1, C).index_select(0, _flat(place, x.shape[1])).view(B, -1, C)
+
+
+def falling(values: Tensor) -> Tensor:
+    """(B, N) -> (B, N) int64, the positions of each row's values from the largest to the smallest; of equal ones the
+    first comes first. In exported graphs it is TopK, as ONNX has no sort."""
+    if torch.compiler.is_exporting():
+        return values.topk(values.shape[1], dim=1).indices
+    return values.argsort(dim=1, descending=True, stable=True)
+
+
+def rising(positions: Tensor) -> Tensor:
+    """(B, N) int64 below 2 ** 24 -> the same in rising order."""
+    if torch.compiler.is_exporting():
+        return positions.float().neg().topk(positions.shape[1], dim=1).values.neg().long()
+    return positions.sort(1).values
 
 
 def _flat(place: Tensor, left: int) -> Tensor:

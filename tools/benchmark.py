@@ -6,6 +6,7 @@ python tools/benchmark.py window                                            # sh
 python tools/benchmark.py kernels --device cuda --dtype float16 --train     # every operation against its peers
 python tools/benchmark.py hilo --authors LITv2                             # against attention of the same width
 python tools/benchmark.py latency caformer_s18                              # every runtime there is, one table
+python tools/benchmark.py reduction --authors ToMe                         # fewer tokens against all of them
 python tools/benchmark.py loop                                              # against a bare PyTorch loop
 python tools/benchmark.py pipeline --workers 2                              # against torchvision's reference pipeline
 python tools/benchmark.py peers --tasks detection                           # metrics against a torchvision backbone
@@ -65,6 +66,13 @@ def parser() -> argparse.ArgumentParser:
     latency.add_argument(
         '--runtimes', nargs='+', help='of eager, compile, onnxruntime, openvino, tensorrt (default: all)'
     )
+    reduction = what.add_parser('reduction', help='models with fewer tokens against the same models with all of them')
+    reduction.add_argument('--model', help='a plain classifier (default: deit_small_patch16_224)')
+    reduction.add_argument('--methods', nargs='+', help="of reduce_tokens (default: those with a paper's setting)")
+    reduction.add_argument('--batch', type=int, default=16)
+    reduction.add_argument('--size', type=int, default=224)
+    reduction.add_argument('--repeats', type=int, default=8)
+    reduction.add_argument('--authors', metavar='DIR', help="a checkout of ToMe's repository, to compare with too")
     loop = what.add_parser('loop', help='training iterations against a bare PyTorch loop')
     loop.add_argument('--config', default='quickstart/classification')
     loop.add_argument('--iterations', type=int, default=200)
@@ -99,6 +107,10 @@ def measure(options: dict[str, Any]) -> list[dict[str, Any]]:
         from densezoo.tools.benchmarks import hilo
 
         return [comparison.row() for comparison in hilo.run(**given)]
+    if what == 'reduction':
+        from densezoo.tools.benchmarks import reduction
+
+        return [comparison.row() for comparison in reduction.run(**given)]
     if what == 'latency':
         from densezoo.tools.benchmarks import latency
 

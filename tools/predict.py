@@ -9,6 +9,8 @@ or restored images where the task makes such, and `predictions.json`: a list wit
                                          'mask' (a PNG of class ids), 'classes' {name: share}   segmentation
                                          'restored' (a PNG)                                     restoration
 
+With --show-tokens a sheet `<name>_tokens.png` shows what each block of a model with `reduction` makes of the patches.
+
 FILE.onnx and FILE.engine, which `densezoo export` writes, take the place of the checkpoint. An image that cannot be
 read is named and left out, and the exit status is 1.
 """
@@ -36,6 +38,11 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument('--device', help="'cpu', 'cuda', ... (default: a GPU where there is one)")
     arguments.add_argument(
         '--score-threshold', type=float, default=0.3, help='detections below it are left out (default: 0.3)'
+    )
+    arguments.add_argument(
+        '--show-tokens',
+        action='store_true',
+        help='also <name>_tokens.png: which patches were fused or dropped in each block, of a model with a reduction',
     )
     return arguments
 
@@ -84,11 +91,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             except DataError as error:
                 unreadable += 1
                 print(f'left out: {error}', file=sys.stderr)
-        for sample, result in zip(samples, predictor(samples) if samples else [], strict=True):
+        tokens = predictor.draw_tokens(samples) if samples and options.show_tokens else [None] * len(samples)
+        results = predictor(samples) if samples else []
+        for sample, result, picture in zip(samples, results, tokens, strict=True):
             name = names[Path(sample['target']['file'])]
             if 'scores' in result and 'boxes' in result:
                 keep = result['scores'] >= options.score_threshold
                 result = {key: value[keep] for key, value in result.items()}
+            if picture is not None:
+                save(out / f'{name}_tokens.png', picture)
             entries.append(predictor.describe(result, sample['target'], out, name))
             save(
                 out / f'{name}.png',

@@ -17,12 +17,14 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision import tv_tensors
 
+from ..backbones.reduction import token_maps
 from ..data import build_transforms, collate, read_image
 from .checkpoint import load_checkpoint
 from .deployed import DeployedTask
 from .runner import load_weights
 from .tasks import Restorer, Task
 from .visualize import as_pixels, save
+from .visualize_tokens import draw_tokens
 
 
 class Predictor:
@@ -72,6 +74,21 @@ class Predictor:
         """Samples of `read` -> results, one dict per picture, in the picture's own coordinates, on the CPU."""
         results = self.task.val_step(collate(samples)) if self.deployed is None else self.deployed(samples)
         return [{name: v.cpu() if isinstance(v, Tensor) else v for name, v in r.items()} for r in results]
+
+    @torch.inference_mode()
+    def draw_tokens(self, samples: Sequence[dict[str, Any]]) -> list[np.ndarray]:
+        """Samples of `read` -> a picture each of what became of their patches in each block, see `visualize_tokens`.
+
+        Raises:
+            ValueError: a deployed model, or a backbone without reduction.
+        """
+        if self.deployed is not None:
+            raise ValueError('tokens are shown of a checkpoint: what was exported keeps no track of them')
+        backbone = self.task.backbone
+        images = self.task.data_preprocessor(collate(samples), False)['images']
+        maps = [each.cpu() for each in token_maps(backbone, images)]
+        patch = images.shape[-1] // maps[0].shape[-1] if not hasattr(backbone, 'stride') else backbone.stride
+        return [draw_tokens(sample['image'], [each[i] for each in maps], patch) for i, sample in enumerate(samples)]
 
     def describe(self, result: Mapping[str, Any], target: Mapping[str, Any], folder: Path, name: str) -> dict[str, Any]:
         """A result as plain values for a JSON; images in it are written into `folder` under `name`."""

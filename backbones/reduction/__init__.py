@@ -4,7 +4,7 @@ a method is written."""
 from . import ats, mctf, pyra, sparsifiner, stvit, tome
 from .interface import METHODS, Block, Reduction, TokenModel, Tokens, register_method
 from .reduce import reduce_tokens
-from .report import Report, recording, report, trace_tokens, unreduced
+from .report import Report, recording, report, token_maps, trace_tokens, unreduced
 from .schedule import Schedule
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     'report',
     'sparsifiner',
     'stvit',
+    'token_maps',
     'tome',
     'trace_tokens',
     'unreduced',

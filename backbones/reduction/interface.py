@@ -174,6 +174,7 @@ class Reduction(nn.Module):
     first_layer: ClassVar[int] = 0  # blocks before it do not reduce unless the caller says so
     least: ClassVar[int] = 0  # tokens that stay whatever the schedule says
     most: ClassVar[float] = 0.5  # share of the patches that one block can remove
+    overhead: ClassVar[tuple[str, ...]] = ()  # its methods that do what a block without reduction would not
 
     def __init__(self, *, model: TokenModel, schedule: Schedule):
         super().__init__()
@@ -267,6 +268,7 @@ class Reduction(nn.Module):
             tokens = call(self.step if i != short else self.prefix_step, tokens, block, i)
             if self.recorded is not None:
                 self.recorded.append(tokens)
+                self.recorded_grid = grid
             if i in wanted:
                 kept.append(self.restore(tokens))
             if i == last:

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -43,9 +42,8 @@ def count_macs(
             computes the prefix tokens alone.
     """
     x = torch.empty(1, _channels(model), *(image_size or ()), device='meta') if image is None else image
-    # the counter knows attention on a CPU in its plain form alone
-    plain = nullcontext() if x.is_meta else sdpa_kernel(SDPBackend.MATH)
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), plain:
+    # the counter does not know the fused attention of CPUs
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         if as_it_runs or getattr(model, 'features_only', False) or not hasattr(model, 'forward_head'):
             model(x)
         else:

@@ -40,6 +40,7 @@ class MCTF(Reduction):
     defaults = {'r': 16}
     first_layer = 1
     least = 10
+    overhead = ('fuse', 'fuse_rows')
 
     def __init__(
         self,
@@ -73,12 +74,12 @@ class MCTF(Reduction):
         if self.ahead == 'precise':
             with torch.no_grad():
                 weights = block.weigh(*block.query_key(tokens.x), self.bias(tokens))
-            tokens = self._fuse(tokens, weights, r)[0]
+            tokens = self.fuse(tokens, weights, r)[0]
             return self.plain_step(tokens, block)
         query, key, value = block.split(tokens.x)
         weights = block.weigh(query, key, self.bias(tokens))
         x = block.mix_channels(block.join(tokens.x, weights @ value))
-        return self._fuse(tokens._replace(x=x), weights, r)[0]
+        return self.fuse(tokens._replace(x=x), weights, r)[0]
 
     def prefix_step(self, tokens: Tokens, block: Block, i: int) -> Tokens:
         r = self.remove(i, tokens.x.shape[1])
@@ -87,7 +88,7 @@ class MCTF(Reduction):
         if self.ahead == 'none' or not r:
             return super().prefix_step(tokens, block, i)
         weights = block.weigh(*block.query_key(tokens.x), self.bias(tokens))
-        fused, fusion, _ = self._fuse(tokens, weights, r)
+        fused, fusion, _ = self.fuse(tokens, weights, r)
         out = weights[:, :, : self.prefix] @ _spread(block.value(fused.x), fusion.place)
         x = block.join(fused.x[:, : self.prefix], out)
         return Tokens(block.mix_channels(x))
@@ -97,21 +98,30 @@ class MCTF(Reduction):
 
     def _fused_step(self, tokens: Tokens, block: Block, r: int) -> Tokens:
         weights = block.weigh(*block.query_key(tokens.x), self.bias(tokens))
-        tokens, fusion, share = self._fuse(tokens, weights, r)
+        tokens, fusion, share = self.fuse(tokens, weights, r)
+        if share is None:
+            rows, value = self._largest_rows(weights, fusion), block.value(tokens.x)
+        else:
+            rows, value = self.fuse_rows(weights, block.value(tokens.x), fusion, share)
+        return tokens._replace(x=block.mix_channels(block.join(tokens.x, rows @ value)))
+
+    def fuse_rows(self, weights: Tensor, value: Tensor, fusion: Fusion, share: Tensor) -> tuple[Tensor, Tensor]:
+        """The matrix (B, h, M, N) of what each fused token attends to, and the values (B, h, N, d) that it is to be
+        multiplied with: equal ones for tokens that became one, which sums the columns."""
+        B, heads = weights.shape[:2]
+        place = _of_heads(fusion.place, heads).flatten(0, 1)
+        rows = sum_to_places((weights * share[:, None]).flatten(0, 1), place, fusion.left)
+        return rows.unflatten(0, (B, heads)), _spread(value, fusion.place)
+
+    def _largest_rows(self, weights: Tensor, fusion: Fusion) -> Tensor:
+        """(B, h, M, M), with the largest weights of rows that become one."""
         B, heads, N, _ = weights.shape
         place = _of_heads(fusion.place, heads)
-        if share is None:
-            columns = place[:, :, None].expand(-1, -1, N, -1)
-            weights = torch.zeros_like(weights).scatter_add(3, columns, weights)[..., : fusion.left]
-            rows = _largest(weights.flatten(0, 1), place.flatten(0, 1), fusion.left)
-            value = block.value(tokens.x)
-        else:
-            rows = sum_to_places((weights * share[:, None]).flatten(0, 1), place.flatten(0, 1), fusion.left)
-            value = _spread(block.value(tokens.x), fusion.place)  # (B, h, N, d): sums columns
-        out = rows.unflatten(0, (B, heads)) @ value
-        return tokens._replace(x=block.mix_channels(block.join(tokens.x, out)))
+        columns = torch.zeros_like(weights).scatter_add(3, place[:, :, None].expand(-1, -1, N, -1), weights)
+        rows = _largest(columns[..., : fusion.left].flatten(0, 1), place.flatten(0, 1), fusion.left)
+        return rows.unflatten(0, (B, heads))
 
-    def _fuse(self, tokens: Tokens, weights: Tensor, r: int) -> tuple[Tokens, Fusion, Tensor | None]:
+    def fuse(self, tokens: Tokens, weights: Tensor, r: int) -> tuple[Tokens, Fusion, Tensor | None]:
         """The fused tokens, where tokens went, and the share (B, N, 1) that each has of what it became part of; None
         for the largest."""
         x, first = tokens.x, self.prefix if self.prefix > 1 else 0

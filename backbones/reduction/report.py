@@ -147,6 +147,22 @@ def trace_tokens(model: nn.Module, images: Tensor) -> list[Tokens]:
         return list(recorded)
 
 
+def token_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """For each block (B, H', W') int64: the token leaving it that each patch is part of, -1 if it was dropped.
+
+    Args:
+        images: (B, C, H, W), in patches of H' x W'.
+    """
+    maps = []
+    for tokens in trace_tokens(model, images):
+        reduction = _inner(model).reduction
+        place = tokens.place
+        if place is None:
+            place = torch.arange(tokens.x.shape[1], device=tokens.x.device).expand(tokens.x.shape[0], -1)
+        maps.append(place[:, reduction.prefix :].unflatten(1, reduction.recorded_grid))
+    return maps
+
+
 def _inner(model: Any) -> Any:
     inner = model.model if isinstance(model, FeatureGetterNet) else model
     if getattr(inner, 'reduction', None) is None:

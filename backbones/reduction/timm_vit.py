@@ -73,9 +73,10 @@ def describe_timm(model: Any) -> TokenModel:
             f"densezoo's and timm's {' and '.join(kind.__name__ for kind in REDUCED)}"
         )
     for i, block in enumerate(model.blocks):
-        if type(block) is not Block or type(block.attn) is not Attention:
+        attention = type(getattr(block, 'attn', block))
+        if type(block) is not Block or attention is not Attention:
             raise ValueError(
-                f'block {i} of the model is a {type(block).__name__} with {type(block.attn).__name__}; reduce_tokens '
+                f'block {i} of the model is a {type(block).__name__} with {attention.__name__}; reduce_tokens '
                 "takes timm's Block with Attention"
             )
     names = ('cls_token', 'dist_token') if isinstance(model, VisionTransformerDistilled) else ('cls_token',)

@@ -27,6 +27,8 @@ class ToMe(Reduction):
         model, schedule: see `Reduction`.
     """
 
+    overhead = ('fuse',)
+
     def __init__(self, *, model: TokenModel, schedule: Schedule, proportional: bool = True):
         super().__init__(model=model, schedule=schedule)
         self.proportional = proportional
@@ -34,13 +36,17 @@ class ToMe(Reduction):
     def bias(self, tokens: Tokens) -> Tensor | None:
         return super().bias(tokens) if self.proportional else None
 
+    def fuse(self, tokens: Tokens, key: Tensor, r: int) -> Tokens:
+        """The tokens without the r whose keys (B, h, N, d) are most similar to others'."""
+        return merge_pairs(tokens, key.mean(1), r, self.prefix)
+
     def step(self, tokens: Tokens, block: Block, i: int) -> Tokens:
         query, key, value = block.split(tokens.x)
         x = block.join(tokens.x, block.attend(query, key, value, self.bias(tokens)))
         tokens = tokens._replace(x=x)
         r = self.remove(i, x.shape[1])
         if r:
-            tokens = merge_pairs(tokens, key.mean(1), r, self.prefix)
+            tokens = self.fuse(tokens, key, r)
         return tokens._replace(x=block.mix_channels(tokens.x))
 
 

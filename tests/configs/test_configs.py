@@ -27,7 +27,7 @@ def test_there_are_configs_for_every_task():
     folders = {name.split('/')[0] for name in NAMES}
     assert folders == {'quickstart', 'custom', 'classification', 'detection', 'segmentation', 'restoration'}
     for folder, more in (
-        ('quickstart', {'detection_fcos', 'classification_cct', 'classification_dhvt'}),
+        ('quickstart', {'detection_fcos', 'classification_cct', 'classification_dhvt', 'segmentation_mctf'}),
         ('custom', set()),
     ):
         tasks = {name.split('/')[1] for name in NAMES if name.startswith(f'{folder}/')}

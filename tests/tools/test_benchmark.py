@@ -8,9 +8,10 @@ import torch
 
 from densezoo.backbones import create_model
 from densezoo.tools.benchmark import main
-from densezoo.tools.benchmarks import kernels, latency, window
+from densezoo.tools.benchmarks import kernels, latency, reduction, window
 from densezoo.tools.benchmarks.timing import Comparison, compare
 
+TINY = ['--model', 'deit_tiny_patch16_224']
 SMALL = {'depths': (1, 1, 1, 1), 'dims': (8, 16, 24, 32)}
 
 
@@ -28,6 +29,7 @@ def test_compare_takes_the_minimum_of_each_side_in_turn():
         ('backbones', ['--models', 'poolformer_s12', '--batch', '1', '--size', '64', '--repeats', '1'], 'timm'),
         ('window', ['--batch', '1', '--size', '64', '72', '--stages', '2', '3', '--repeats', '1'], 'timm'),
         ('loop', ['--iterations', '20'], 'bare loop'),
+        ('reduction', [*TINY, '--methods', 'tome', '--batch', '1', '--repeats', '1'], None),
         ('pipeline', ['--workers', '0', '--batches', '2'], 'torchvision reference'),
         ('pipeline', ['--workers', '0', '--batches', '2', '--masks'], 'torchvision reference'),
     ],
@@ -36,7 +38,7 @@ def test_speed_benchmarks_print_both_sides(capsys, what, options, peer):
     assert main(['--json', what, *options]) == 0
     printed = capsys.readouterr().out
     rows = json.loads(printed[printed.index('[\n') :])
-    assert rows and all(row['ours'] > 0 and row['peer'] > 0 and row['peer_name'] == peer for row in rows)
+    assert rows and all(row['ours'] > 0 and row['peer'] > 0 and peer in (None, row['peer_name']) for row in rows)
 
 
 def test_latency_of_every_runtime(capsys, monkeypatch):
@@ -83,6 +85,20 @@ def test_a_peer_that_computes_something_else_is_refused():
     case = next(kernels.window_cases('cpu', torch.float32, 1, (32,), 96))
     with pytest.raises(RuntimeError, match=r'twice computes something else, relative deviation 0\.5'):
         kernels.check(case, 'twice', lambda qkv, bias: 2 * kernels.rolled(qkv, bias))
+
+
+def test_tome_is_compared_with_the_authors_patch(tmp_path):
+    """A stand-in for their checkout: without one there is nothing to compare with, and a patch that computes something
+    else is refused."""
+    with pytest.raises(
+        FileNotFoundError, match=r'--authors needs a checkout of https://github.com/facebookresearch/ToMe'
+    ):
+        reduction.patch(str(tmp_path), torch.nn.Identity())
+    place = tmp_path / 'tome' / 'patch'
+    place.mkdir(parents=True)
+    (place / 'timm.py').write_text('def apply_patch(model):\n    pass\n')
+    with pytest.raises(RuntimeError, match=r"the authors' patch computes something else, deviation"):
+        reduction.against_authors(str(tmp_path), 'vit_tiny_patch16_224', torch.randn(1, 3, 224, 224), 1)
 
 
 def test_peak_counts_what_is_held_at_once():

@@ -51,6 +51,32 @@ def test_train_test_predict(config_file: Path, pictures: Path, tmp_path: Path, m
     assert tiny_run.read_metrics(Path('again'))['iterations'] == 1
 
 
+def test_predict_shows_tokens(config_file: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                              capsys: pytest.CaptureFixture) -> None:  # fmt: skip
+    """Of a reduced model a sheet of panels, of another one line."""
+    monkeypatch.chdir(tmp_path)
+    text = config_file.read_text()
+    start, end = text.index('    backbone=dict('), text.index('    head=dict(')
+    text = (
+        text[:start]
+        + (
+            "    backbone=dict(type=create_model, name='deit_tiny_patch16_224', features_only=True, out_indices=(3,),\n"
+            "                  depth=3, dim=32, num_heads=2, patch_size=8, reduction=dict(type='mctf', ratio=0.3)),\n"
+        )
+        + text[end:]
+    )
+    reduced = tmp_path / 'reduced.py'
+    reduced.write_text(text)
+    assert train_tool.main([str(reduced), '--work-dir', 'run', '--cfg-options', 'train_cfg.max_iters=1']) == 0
+    image = str(next((pictures / 'val').rglob('*.png')))
+    assert predict.main(['run/config.py', 'run/last.pth', image, '--out', 'out', '--show-tokens']) == 0
+    sheet = np.asarray(Image.open(next(Path('out').glob('*_tokens.png'))))
+    assert sheet.shape[0] > 256 and sheet.shape[1] > 2 * 256 and sheet.std() > 1
+    option = ['--cfg-options', 'model.backbone.reduction=None', '--show-tokens']
+    assert predict.main(['run/config.py', 'run/last.pth', image, '--out', 'out', *option]) == 1
+    assert 'the model has no reduction, got DeiT' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ('argv', 'message'),
     [

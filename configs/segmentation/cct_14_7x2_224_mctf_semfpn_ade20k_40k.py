@@ -1,0 +1,10 @@
+"""Semantic FPN on CCT-14/7x2 with MCTF: each block but the first fuses a tenth of its patches with others."""
+
+from mmengine.config import read_base
+
+with read_base():
+    from .cct_14_7x2_224_semfpn_ade20k_40k import *
+
+model['backbone'].update(reduction=dict(type='mctf', ratio=0.1))
+
+# no figure was published; not trained here
