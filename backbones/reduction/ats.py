@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...kernels import falling
 from .interface import Block, Grid, Reduction, TokenModel, Tokens, register_method
 from .schedule import Schedule
 
@@ -52,7 +53,7 @@ def sample(
     scores = scores.float()
     if alive is not None:
         scores = torch.where(alive, scores, -1.0)
-    order = scores.argsort(dim=1, stable=True)
+    order = falling(-scores)
     scores = scores.gather(1, order).clamp_min(0)
     cumulated = (scores / scores.sum(1, keepdim=True)).cumsum(1)
     if alive is None or count_dead:
@@ -162,5 +163,6 @@ def _fixed(x: Tensor) -> bool:
 
 def _compact(order: Tensor, kept: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """The first `length` of (B, L) patches with those kept ahead, in their order, and which of them are kept."""
-    first = (~kept).to(torch.int32).argsort(dim=1, stable=True)[:, :length]
+    position = torch.arange(order.shape[1], device=order.device)
+    first = falling(kept * float(order.shape[1]) - position)[:, :length]
     return order.gather(1, first), kept.gather(1, first)

@@ -47,7 +47,7 @@ class Schedule:
 
     def with_amount(self, amount: int | float) -> 'Schedule':
         """The same blocks, each with this amount."""
-        return Schedule(tuple(amount if before else before for before in self.amounts))
+        return Schedule(tuple(amount if before else before for before in self.amounts), self.active)
 
     def __str__(self) -> str:
         same = set(self.amounts)
