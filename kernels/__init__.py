@@ -13,7 +13,7 @@ from .sparse_window import sparse_window_attention
 from .tiles import run_tiles
 from .token_fusion import Fusion, fuse_by_scores, fusion_scores
 from .token_merge import Matching, match_every_kth, match_tokens, merge_source, token_merge, token_unmerge
-from .token_places import mean_to_places, sum_to_places, take_places
+from .token_places import falling, mean_to_places, sum_to_places, take_places
 from .window_attention import window_attention
 from .windows import Sets, Windows, build_windows, rotated_sets
 
@@ -27,6 +27,7 @@ __all__ = [
     'block_sparse_attention',
     'build_windows',
     'explain',
+    'falling',
     'fuse_by_scores',
     'fusion_scores',
     'global_filter',

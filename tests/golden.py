@@ -21,7 +21,7 @@ FORMS: dict[str, dict[str, Any]] = {
 # Families whose gradients were recorded through an error of PyTorch's (batch norm in evaluation mode, one image, on a
 # CPU, gradients that arrive transposed): their own test files compare them, in the layout that meets the error. SReT's
 # are compared there too, as its authors name a shared block once for each of its runs.
-OWN_GRADIENTS = ('dhvt', 'lit', 'litv2', 'sret')
+OWN_GRADIENTS = ('dhvt', 'lit', 'litv2', 'sret', 'stvit')
 # recorded gradients that a fault of PyTorch's batch norm spoilt: see their family's tests
 SPOILT = {('tiny_vit_5m_224', 'grad_224'), ('vit_tiny_hmlp_stem_d4', 'grad_224')}
 # recorded with permutations that the authors draw in evaluation too: SReT's tests draw the same ones

@@ -1,7 +1,7 @@
 """Fewer tokens in plain backbones: `reduce_tokens(model, method, **settings)`. See `interface` for how it works and how
 a method is written."""
 
-from . import mctf, tome
+from . import ats, mctf, pyra, sparsifiner, stvit, tome
 from .interface import METHODS, Block, Reduction, TokenModel, Tokens, register_method
 from .reduce import reduce_tokens
 from .report import Report, recording, report, token_maps, trace_tokens, unreduced
@@ -15,11 +15,15 @@ __all__ = [
     'Schedule',
     'TokenModel',
     'Tokens',
+    'ats',
     'mctf',
+    'pyra',
     'recording',
     'reduce_tokens',
     'register_method',
     'report',
+    'sparsifiner',
+    'stvit',
     'token_maps',
     'tome',
     'trace_tokens',

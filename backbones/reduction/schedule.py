@@ -23,9 +23,14 @@ SETTINGS = ('r', 'ratio', 'target', 'layers', 'inflect')
 
 @dataclass(frozen=True)
 class Schedule:
-    """Amounts per block: whole numbers of tokens, or shares (float) of the patches that are left."""
+    """Amounts per block: whole numbers of tokens, or shares (float) of the patches that are left.
+
+    Attributes:
+        active: the blocks that the settings speak of, for methods that may act where the amount is 0.
+    """
 
     amounts: tuple[int | float, ...]
+    active: tuple[int, ...] = ()
 
     def remove(self, i: int, tokens: int, *, prefix: int, least: int = 0, most: float = 0.5) -> int:
         """How many tokens leave in block i.
@@ -42,7 +47,7 @@ class Schedule:
 
     def with_amount(self, amount: int | float) -> 'Schedule':
         """The same blocks, each with this amount."""
-        return Schedule(tuple(amount if before else before for before in self.amounts))
+        return Schedule(tuple(amount if before else before for before in self.amounts), self.active)
 
     def __str__(self) -> str:
         same = set(self.amounts)
@@ -88,6 +93,7 @@ def make_schedule(
         places = tuple(range(depth)) if layers is None else active
         if len(value) > len(places):
             raise ValueError(f'{name} must have at most {len(places)} entries, one per block, got {len(value)}')
+        active = places[: len(value)]
         for place, amount in zip(places, value):
             amounts[place] = amount
     else:
@@ -98,7 +104,7 @@ def make_schedule(
             _check_r(amount, value, patches, prefix)
         elif isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 <= amount <= most:
             raise ValueError(f'ratio must be from 0 to {most:g}, what one block can remove, got {ratio=}')
-    return Schedule(tuple(amounts if name == 'r' else map(float, amounts)))
+    return Schedule(tuple(amounts if name == 'r' else map(float, amounts)), active)
 
 
 def _check_r(amount: Any, given: Any, patches: int, prefix: Sequence[str]) -> None:

@@ -7,10 +7,12 @@ skips.
 """
 
 # B batch, N tokens, C channels
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from ...kernels import match_tokens, token_merge
+from ...kernels import Matching, match_tokens, token_merge
 from .interface import Block, Reduction, TokenModel, Tokens, register_method
 from .schedule import Schedule
 
@@ -48,19 +50,27 @@ class ToMe(Reduction):
         return tokens._replace(x=block.mix_channels(tokens.x))
 
 
-def merge_pairs(tokens: Tokens, metric: Tensor, r: int, prefix: int) -> Tokens:
+# (x, size, matching) -> x, before tokens are merged
+Change = Callable[[Tensor, Tensor | None, Matching], Tensor]
+
+
+def merge_pairs(tokens: Tokens, metric: Tensor, r: int, prefix: int, change: Change | None = None) -> Tokens:
     """The tokens without the r that are most similar to others in `metric` (B, N, any), which take them up.
 
     Args:
         prefix: tokens ahead that stay as they are. Up to two are matched around, as the authors do; more are set aside.
+        change: what is done to the tokens first.
     """
     if prefix <= 2:
         matching = match_tokens(metric, r, class_token=prefix > 0, distill_token=prefix > 1)
-        x, size = token_merge(tokens.x, matching, tokens.size)
+        x = tokens.x if change is None else change(tokens.x, tokens.size, matching)
+        x, size = token_merge(x, matching, tokens.size)
         return tokens.merged(x, size, None if tokens.place is None else matching.places())
     matching = match_tokens(metric[:, prefix:], r)
     size = torch.ones_like(tokens.x[..., :1]) if tokens.size is None else tokens.size
-    x, merged_size = token_merge(tokens.x[:, prefix:], matching, size[:, prefix:])
+    x = tokens.x[:, prefix:]
+    x = x if change is None else change(x, size[:, prefix:], matching)
+    x, merged_size = token_merge(x, matching, size[:, prefix:])
     place = None
     if tokens.place is not None:
         ahead = torch.arange(prefix, device=x.device).expand(x.shape[0], -1)
