@@ -1,0 +1,1 @@
+"""Binarized and multiplication-free backbones, as they are trained."""
