@@ -2,6 +2,7 @@
 
 from . import (
     activator,
+    binary,
     cait,
     cct,
     crossformer,
@@ -36,6 +37,7 @@ from . import (
     twins,
     uvit,
 )
+from .binary import binarize
 from .checkpoint import load_checkpoint
 from .registry import create_model, list_models
 from .sizes import AnySize, FixedSize, Resampled
@@ -45,6 +47,8 @@ __all__ = [
     'FixedSize',
     'Resampled',
     'activator',
+    'binarize',
+    'binary',
     'cait',
     'cct',
     'create_model',

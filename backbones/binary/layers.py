@@ -46,6 +46,8 @@ class BinaryLinear(nn.Module):
         bias: (O,) or None.
         scaling_factor: (O, 1), only with scale='learned'; loading zeros sets it to mean|w|.
         quantizer: the `ElasticQuantizer`, or None.
+        active: False computes the linear layer that this one came from.
+        part: of the model, 'attention', 'mlp' or 'merging'.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class BinaryLinear(nn.Module):
         self.input = choose('input', input, {name: name for name in INPUTS})
         self.scale_kind = choose('scale', scale, {name: name for name in SCALES})
         self.binary_weight = binary_weight
+        self.active, self.part = True, ''
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         nn.init.uniform_(self.weight, -0.015, 0.015)
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
@@ -80,8 +83,7 @@ class BinaryLinear(nn.Module):
             layer.weight.copy_(linear.weight)
             if linear.bias is not None and layer.bias is not None:
                 layer.bias.copy_(linear.bias)
-            if hasattr(layer, 'scaling_factor'):
-                layer.scaling_factor.copy_(linear.weight.abs().mean(1, keepdim=True))
+        layer.restart_scale()
         return layer.train(linear.training)
 
     def signs(self) -> Tensor:
@@ -100,7 +102,15 @@ class BinaryLinear(nn.Module):
             return x
         return sign(x) if self.quantizer is None else self.quantizer(x)
 
+    @torch.no_grad()
+    def restart_scale(self) -> None:
+        """Learned scales start again at mean|w| of their rows."""
+        if hasattr(self, 'scaling_factor'):
+            self.scaling_factor.copy_(self.weight.abs().mean(1, keepdim=True))
+
     def forward(self, x: Tensor) -> Tensor:
+        if not self.active:
+            return F.linear(x, self.weight, self.bias)
         x = self.binary_input(x)
         if not self.binary_weight:
             return F.linear(x, self.weight, self.bias)
@@ -125,9 +135,8 @@ class BinaryLinear(nn.Module):
 
 def _start_scale(layer: nn.Module, _: Any) -> None:
     assert isinstance(layer, BinaryLinear)
-    with torch.no_grad():
-        if not layer.scaling_factor.is_meta and not layer.scaling_factor.any():
-            layer.scaling_factor.copy_(layer.weight.abs().mean(1, keepdim=True))
+    if not layer.scaling_factor.is_meta and not layer.scaling_factor.any():
+        layer.restart_scale()
 
 
 class BinaryProduct(nn.Module):
@@ -140,13 +149,16 @@ class BinaryProduct(nn.Module):
         map: 'softmax': b_ij = 1 where softmax(logits)_ij reaches `threshold` times the largest of row i, with the
             gradient of the softmax; 'step': where logits_ij > 0, without a softmax.
         threshold: see above.
+
+    Attributes:
+        active: False computes attention of the floating-point queries, keys and values.
     """
 
     def __init__(self, *, scale: float, map: str = 'softmax', threshold: float = 0.25):
         super().__init__()
         if not 0 < threshold <= 1:
             raise ValueError(f'threshold must be above 0 and at most 1, got {threshold=}')
-        self.scale, self.threshold = scale, threshold
+        self.scale, self.threshold, self.active = scale, threshold, True
         self.map = choose('map', map, {name: name for name in ('softmax', 'step')})
 
     def forward(
@@ -159,6 +171,8 @@ class BinaryProduct(nn.Module):
             residual: pair of what is added to the products before scaling, broadcast to (..., N, M), and to the binary
                 values, broadcast to (..., M, d); None adds nothing. See `residuals`.
         """
+        if not self.active:
+            return F.scaled_dot_product_attention(query, key, value, bias, scale=self.scale)
         products, value = sign(query) @ sign(key).transpose(-2, -1), sign(value)
         if residual is not None:
             products, value = products + residual[0], value + residual[1]
