@@ -1,6 +1,6 @@
 """Binarized and multiplication-free backbones, as they are trained: `binarize(model, method, **settings)`."""
 
-from .bivit import set_binary
+from .bivit import parts_of, set_binary
 from .convert import METHODS, binarize, create_binary
 from .layers import BinaryLinear, BinaryProduct, ShiftLinear
 
@@ -11,5 +11,6 @@ __all__ = [
     'ShiftLinear',
     'binarize',
     'create_binary',
+    'parts_of',
     'set_binary',
 ]
