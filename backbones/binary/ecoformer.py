@@ -6,8 +6,8 @@ keys are one projection and become binary codes c of b bits (`hashing`), values 
     out_i = (c_i . sum_j c_j v_j^T + (b + 1) v_i) / (c_i . sum_j c_j + N (b + 1))
 
 so the products of codes are sums and differences, and nothing of size N x N is made. The weights that this stands for
-are c_i . c_j + b + 1, all positive. Their numerator has (b + 1) sum_j v_j, where the authors' code has (b + 1) v_i: their
-published weights were trained with that, so it is the default, and `exact_sum=True` corrects it. Attention is at full
+are c_i . c_j + b + 1, all positive. Their numerator has (b + 1) sum_j v_j, the authors' code (b + 1) v_i: their
+published weights were trained with that, so it is the default; `exact_sum=True` corrects it. Attention is at full
 resolution; the last stage keeps a softmax. Training has two stages: the model with softmax attention at full resolution
 (`sr_ratios=1`), then this one from its weights. Differs: where a map has fewer tokens than there are anchors, those of
 more images are taken, and topk is at most the number of tokens; the authors' code stops there.

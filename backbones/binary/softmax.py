@@ -1,7 +1,7 @@
 """Softmax attention that linear attention takes the place of: its weights, and what it becomes in a last stage."""
 
 # C channels, h heads, d head width
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,9 +49,9 @@ def share_projection(state: dict[str, Tensor], prefix: str) -> None:
 
 
 def replace_in_stages(
-    model: nn.Module, stages: Sequence[int] | None, kind: type[nn.Module], **options: Any
+    model: nn.Module, stages: Sequence[int] | None, make: Callable[..., nn.Module], **options: Any
 ) -> list[Place]:
-    """Replaces the attention of the chosen stages by `kind`; returns the places of the others.
+    """Replaces the attention of the chosen stages by `make`'s; returns the places of the others.
 
     Raises:
         ValueError: there is no such stage.
@@ -65,20 +65,20 @@ def replace_in_stages(
         if count and int(place.path.split('.')[1]) not in wanted:
             others.append(place)
         else:
-            replace_attention(place, take_over(place.module, kind, **options))
+            replace_attention(place, take_over(place.module, make, **options))
     return others
 
 
-def take_over(attention: nn.Module, kind: type[nn.Module], **options: Any) -> nn.Module:
+def take_over(attention: nn.Module, make: Callable[..., nn.Module], **options: Any) -> nn.Module:
     """A layer of another kind with the weights of an attention, as far as it has their like."""
     proj: Any = attention.proj
     heads: Any = attention.num_heads
     weight = proj.weight
-    if kind is SoftmaxAttention:
+    if make is SoftmaxAttention:
         options = {'head_dim': proj.in_features // heads}
     else:
         options = {**options, 'num_heads': heads}
-    layer = kind(dim=proj.out_features, bias=True, **options).to(weight.device, weight.dtype)
+    layer = make(dim=proj.out_features, bias=True, **options).to(weight.device, weight.dtype)
     state = {key: value.detach().clone() for key, value in attention.state_dict().items()}
     for module_path, module in layer.named_modules():
         if hasattr(module, 'resample'):
