@@ -2,6 +2,7 @@
 
 from . import (
     activator,
+    binary,
     cait,
     cct,
     crossformer,
@@ -37,6 +38,7 @@ from . import (
     twins,
     uvit,
 )
+from .binary import binarize
 from .checkpoint import load_checkpoint
 from .reduction import reduce_tokens
 from .registry import create_model, list_models
@@ -47,6 +49,8 @@ __all__ = [
     'FixedSize',
     'Resampled',
     'activator',
+    'binarize',
+    'binary',
     'cait',
     'cct',
     'create_model',

@@ -12,10 +12,25 @@ from .optim import LayerDecayConstructor, OptimWrapper
 from .preprocess import Preprocess
 from .reduction import ReducedClassifier
 from .runner import Runner, build_runner
-from .tasks import Detector, ImageClassifier, Restorer, Segmentor, Task, UniversalSegmentor
+from .tasks import (
+    Detector,
+    DistilledClassifier,
+    DistilledDetector,
+    DistilledRestorer,
+    DistilledSegmentor,
+    ImageClassifier,
+    Restorer,
+    Segmentor,
+    Task,
+    UniversalSegmentor,
+)
 
 __all__ = [
     'Detector',
+    'DistilledClassifier',
+    'DistilledDetector',
+    'DistilledRestorer',
+    'DistilledSegmentor',
     'EpochLoop',
     'ImageClassifier',
     'IterLoop',

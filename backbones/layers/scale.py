@@ -26,7 +26,8 @@ def fold_scale(branch: nn.Module, scale: Scale | None) -> Scale | None:
     if scale is None or name is None:
         return scale
     linear = branch.get_submodule(name)
-    assert isinstance(linear, nn.Linear)
+    if not isinstance(linear, nn.Linear):  # exchanged for a layer of another kind
+        return scale
     linear.weight.data = linear.weight.data * scale.scale.data[:, None]
     if linear.bias is not None:
         linear.bias.data = linear.bias.data * scale.scale.data

@@ -84,7 +84,7 @@ def test_learns_at_every_scale(name, scale):
         total.backward()
         optimizer.step()
     assert total < first
-    results = task.eval().results(task.extract_features(images), images, [{'size': (16, 24)}, {'size': (10, 7)}])
+    results = task.eval().results(task.extract_features(images)[1], images, [{'size': (16, 24)}, {'size': (10, 7)}])
     assert [tuple(r['image'].shape[1:]) for r in results] == [(16 * scale, 24 * scale), (10 * scale, 7 * scale)]
 
 

@@ -85,12 +85,16 @@ class Task(BaseModel):
         if self.neck is not None:
             self.neck.compile(**options)
 
+    def extract_features(self, images: Tensor) -> tuple[Any, Any]:
+        """(B, C, H, W) float -> the backbone's maps (a classifier's logits), and what the head takes of them."""
+        maps = self.backbone(images)
+        return maps, maps if self.neck is None else self.neck(maps)
+
     def forward(self, images: Tensor, targets: Any = None, mode: str = 'tensor') -> Any:
         """images (B, C, H, W) normalised float; targets: a list of B dicts (see densezoo.data), None for 'tensor'."""
         if mode not in MODES:
             raise ValueError(f'mode must be one of {MODES}, got {mode=}')
-        maps = self.backbone(images)
-        features = maps if self.neck is None else self.neck(maps)
+        maps, features = self.extract_features(images)
         if mode == 'loss':
             losses = self.losses(features, images, targets)
             for name, head in self.auxiliary.items():
