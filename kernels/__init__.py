@@ -1,14 +1,18 @@
 """Tensor operations: a PyTorch reference for each, faster kernels where they exist, one dispatcher."""
 
+from .binary_linear import binary_linear
+from .bits import pack_bits, popcount, unpack_bits, unpack_signs
 from .block_sparse import block_sparse_attention
 from .dispatch import Choice, explain, record_choices, use
 from .global_filter import global_filter, resample_filter
+from .hamming_attention import hamming_attention, hashed_attention
 from .hilo import hilo_attention
 from .linear_attention import relu_linear_attention
 from .long_convolution import long_convolution
 from .neighborhood import neighborhood_attention
 from .nms import apart, suppress, suppress_by_products
 from .pool_mixer import pool_mixer
+from .shift_linear import fixed_point, pack_shifts, shift_linear, unpack_shifts
 from .sparse_window import sparse_window_attention
 from .token_merge import Matching, match_every_kth, match_tokens, merge_source, token_merge, token_unmerge
 from .window_attention import window_attention
@@ -20,26 +24,37 @@ __all__ = [
     'Sets',
     'Windows',
     'apart',
+    'binary_linear',
     'block_sparse_attention',
     'build_windows',
     'explain',
+    'fixed_point',
     'global_filter',
+    'hamming_attention',
+    'hashed_attention',
     'hilo_attention',
     'long_convolution',
     'match_every_kth',
     'match_tokens',
     'merge_source',
     'neighborhood_attention',
+    'pack_bits',
+    'pack_shifts',
     'pool_mixer',
+    'popcount',
     'record_choices',
     'relu_linear_attention',
     'resample_filter',
     'rotated_sets',
+    'shift_linear',
     'sparse_window_attention',
     'suppress',
     'suppress_by_products',
     'token_merge',
     'token_unmerge',
+    'unpack_bits',
+    'unpack_shifts',
+    'unpack_signs',
     'use',
     'window_attention',
 ]
