@@ -8,8 +8,8 @@
     out[i] = sum over j of A[i, j] * V[j]                             (whole numbers)
 
 The second form of A needs no exponential: that is what is computed. threshold=None: A = 1 where logit > 0, the baseline
-without softmax. Layout: query (B, h, N, d), key, value (B, h, M, d), bias broadcasts to (B, h, N, M), -inf or a large
-negative number masks; out (B, h, N, d).
+without softmax. Layout: query (..., N, d), key, value (..., M, d), any leading axes (batch, windows, heads); bias
+broadcasts to (..., N, M), -inf or a large negative number masks; out (..., N, d).
 Source: BiViT, arXiv 2211.07091 (threshold 0.25).
 
 `hashed_attention`: codes c, k in {-1, 1} of n bits stand for queries and keys, c . k + n + 1 for their similarity,
@@ -47,16 +47,16 @@ def hamming_attention(
     """Binary attention: signs of queries, keys and values, a 0/1 map by a threshold. For inference.
 
     Args:
-        query: (B, h, N, d) floating point; of all three the signs alone matter.
-        key, value: (B, h, M, d).
+        query: (..., N, d) floating point; of all three the signs alone matter.
+        key, value: (..., M, d), with the same leading axes.
         scale: of the products, positive; d ** -0.5 if None.
         threshold: share of a row's largest softmax value from which on a key counts, above 0 and at most 1; None: keys
             with a positive logit count.
-        bias: added to the logits; broadcasts to (B, h, N, M).
+        bias: added to the logits; broadcasts to (..., N, M).
         backend: None chooses; 'torch' or 'triton' insists.
 
     Returns:
-        (B, h, N, d) whole numbers of the type of query.
+        (..., N, d) whole numbers of the type of query.
 
     Raises:
         ValueError: a shape or number does not fit, or the backend asked for cannot take the call.
@@ -132,15 +132,15 @@ def can_run_triton(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | Non
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> None:
-    if query.ndim != 4 or key.ndim != 4 or value.shape != key.shape:
+    if query.ndim < 2 or key.ndim < 2 or value.shape != key.shape:
         raise ValueError(
-            'query must be (B, h, N, d), key and value (B, h, M, d), got '
+            'query must be (..., N, d), key and value (..., M, d), got '
             f'{tuple(query.shape)=}, {tuple(key.shape)=}, {tuple(value.shape)=}'
         )
-    if query.shape[:2] != key.shape[:2] or query.shape[-1] != key.shape[-1]:
+    if query.shape[:-2] != key.shape[:-2] or query.shape[-1] != key.shape[-1]:
         raise ValueError(f'query and key must agree but for N and M, got {tuple(query.shape)=}, {tuple(key.shape)=}')
-    wanted = (*query.shape[:3], key.shape[2])
+    wanted = (*query.shape[:-1], key.shape[-2])
     if bias is not None and (
-        bias.ndim > 4 or any(have not in (1, need) for have, need in zip(bias.shape[::-1], wanted[::-1]))
+        bias.ndim > len(wanted) or any(have not in (1, need) for have, need in zip(bias.shape[::-1], wanted[::-1]))
     ):
         raise ValueError(f'bias must broadcast to {wanted}, got {tuple(bias.shape)=}')

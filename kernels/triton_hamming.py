@@ -87,9 +87,16 @@ def hamming_attention_triton(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float, threshold: float | None, bias: Tensor | None
 ) -> Tensor:
     """See `hamming_attention`."""
-    query, key, value = (unit_stride(t) for t in (query, key, value))
-    if bias is not None:
-        bias = bias.expand(*query.shape[:3], key.shape[2])
+    shape = query.shape
+    if bias is not None:  # a view, unless it differs between windows but not between images
+        bias = _four_axes(bias.expand(*shape[:-1], key.shape[-2]))
+    query, key, value = (unit_stride(_four_axes(t)) for t in (query, key, value))
     drop = 0.0 if threshold is None else -math.log(threshold)
     with torch.no_grad():
-        return _attend(query, key, value, bias, float(scale), drop, threshold is not None)
+        return _attend(query, key, value, bias, float(scale), drop, threshold is not None).view(shape)
+
+
+def _four_axes(x: Tensor) -> Tensor:
+    """All leading axes but the last, the heads, as one."""
+    heads = x.shape[-3] if x.ndim > 2 else 1
+    return x.reshape(-1, heads, *x.shape[-2:])

@@ -11,14 +11,13 @@ TensorRT knows XNOR and popcount: what such a program multiplies are floating-po
 # N outputs, K inputs, W words of a row
 import copy
 import logging
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ...kernels import binary_linear, hamming_attention, pack_bits, pack_shifts, shift_linear
-from ...kernels.dispatch import exporting
+from .bivit import BinaryAttention
 from .layers import BinaryLinear, BinaryProduct, ShiftLinear
 
 _log = logging.getLogger('densezoo')
@@ -32,56 +31,68 @@ class PackedBinaryLinear(nn.Module):
         in_features, out_features: K and N, any.
         bias: whether there is one.
         input_signs: whether the input's signs are taken.
+        output_signs: whether the signs of the outputs alone are used: then they come without their scale.
 
     Attributes:
         weight: (N, ceil(K / 32)) int32, set bits are 1, the others -1.
-        affine: (2, N) the scale and the bias of each output, (1, N) without biases. One tensor, since each has a header
-            in a checkpoint, which at a size of 1/32 counts.
+        scale: (N,), or None where the signs of the outputs alone are used.
+        bias: (N,) or None.
         zeros: (Z,) int32, which weights are neither, as n K + k: those that were the mean of their row; None if there
             are none, as is usual.
     """
 
     weight: Tensor
-    affine: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
     zeros: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = True, input_signs: bool = True):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        input_signs: bool = True,
+        output_signs: bool = False,
+    ):
         super().__init__()
-        self.in_features, self.out_features, self.input_signs = in_features, out_features, input_signs
+        self.in_features, self.out_features = in_features, out_features
+        self.input_signs, self.output_signs = input_signs, output_signs
         words = (in_features + 31) // 32
         self.register_buffer('weight', torch.zeros(out_features, words, dtype=torch.int32))
-        self.register_buffer('affine', torch.ones(1 + bias, out_features))
+        self.register_buffer('scale', None if output_signs else torch.ones(out_features))
+        self.register_buffer('bias', torch.zeros(out_features) if bias else None)
         self.register_buffer('zeros', None)
 
     @classmethod
-    def from_trained(cls, layer: BinaryLinear) -> 'PackedBinaryLinear':
-        """The packed form of a layer whose weights are binary."""
+    def from_trained(cls, layer: BinaryLinear, *, output_signs: bool = False) -> 'PackedBinaryLinear':
+        """The packed form of a layer whose weights are binary; `output_signs` needs scales that are not zero."""
         packed = cls(
             layer.in_features,
             layer.out_features,
             bias=layer.bias is not None,
             input_signs=layer.input != 'float',
+            output_signs=output_signs,
         )
-        signs, scale = layer.signs(), layer.scale().clone()
-        if layer.quantizer is not None:  # sign(x) times a learned number, which the scale takes over
-            scale *= layer.quantizer(scale.new_ones(1))
-        empty = ~signs.any(1)
-        scale[empty] = 0  # a constant row: all of its weights are their mean
-        packed.weight = pack_bits(signs > 0)
-        packed.affine = torch.stack([scale] if layer.bias is None else [scale, layer.bias])
-        zeros = ((signs == 0) & ~empty[:, None]).flatten().nonzero().flatten().to(torch.int32)
+        signs, scale, bias = _plain(layer)
+        if output_signs:  # sign(scale sum + bias) = sign(sum + bias / scale), where the scale is positive
+            signs, bias = signs * scale.sign()[:, None], None if bias is None else bias / scale.abs()
+        else:
+            packed.scale = scale
+        packed.weight, packed.bias = pack_bits(signs > 0), bias
+        zeros = (signs == 0).flatten().nonzero().flatten().to(torch.int32)
         packed.zeros = zeros if len(zeros) else None
         return packed
 
     def forward(self, x: Tensor) -> Tensor:
-        scale, bias = self.affine[0], self.affine[1] if len(self.affine) > 1 else None
-        out = binary_linear(x, self.weight, scale, bias, input_signs=self.input_signs)
+        out = binary_linear(x, self.weight, self.scale, self.bias, input_signs=self.input_signs)
         if self.zeros is None:
             return out
         # their bits say -1: what that took away is added again
         rows, columns = self.zeros // self.in_features, self.zeros % self.in_features
         met = x.index_select(-1, columns)
-        return out.index_add(-1, rows, (met.sign() if self.input_signs else met) * scale[rows].to(x.dtype))
+        met = met.sign() if self.input_signs else met
+        return out.index_add(-1, rows, met if self.scale is None else met * self.scale[rows].to(x.dtype))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         zeros = state_dict.get(f'{prefix}zeros')  # how many there are differs from training to training
@@ -90,7 +101,8 @@ class PackedBinaryLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f'{self.in_features}, {self.out_features}, bias={len(self.affine) > 1}, input_signs={self.input_signs}'
+            f'{self.in_features}, {self.out_features}, bias={self.bias is not None}, '
+            f'input_signs={self.input_signs}, output_signs={self.output_signs}'
         )
 
 
@@ -161,15 +173,9 @@ class PackedProduct(nn.Module):
         if residual is not None:  # floating-point terms inside the product: no kernel has them
             return self.product(query, key, value, bias, residual)
         threshold = self.product.threshold if self.product.map == 'softmax' else None
-        options = {'scale': self.product.scale, 'threshold': threshold, 'bias': bias}
-        return hamming_attention(query, key, value, **options)
+        return hamming_attention(query, key, value, scale=self.product.scale, threshold=threshold, bias=bias)
 
 
-_FORMS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
-    BinaryLinear: PackedBinaryLinear.from_trained,
-    ShiftLinear: PackedShiftLinear.from_trained,
-    BinaryProduct: PackedProduct,
-}
 _PACKED = (PackedBinaryLinear, PackedShiftLinear, PackedProduct)
 
 
@@ -208,13 +214,29 @@ def _packable(part: nn.Module) -> bool:
 
 
 def _replaced(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
-    if module in done:  # a layer used in several places stays one layer
-        return done[module]
-    make = next((make for kind, make in _FORMS.items() if isinstance(module, kind)), None)
-    if make is None or not (_packable(module) or isinstance(module, BinaryProduct)):
-        for name, child in module.named_children():
-            setattr(module, name, _replaced(child, done))
-        done[module] = module
-    else:
-        done[module] = make(module)
+    if module not in done:  # a layer used in several places stays one layer
+        if isinstance(module, BinaryAttention) and _packable(module.qkv) and bool(_plain(module.qkv)[1].all()):
+            done[module.qkv] = PackedBinaryLinear.from_trained(module.qkv, output_signs=True)
+        done[module] = _packed(module)
+        if done[module] is module:
+            for name, child in module.named_children():
+                setattr(module, name, _replaced(child, done))
     return done[module]
+
+
+def _packed(module: nn.Module) -> nn.Module:
+    if isinstance(module, BinaryLinear) and module.binary_weight:
+        return PackedBinaryLinear.from_trained(module)
+    if isinstance(module, ShiftLinear):
+        return PackedShiftLinear.from_trained(module)
+    return PackedProduct(module) if isinstance(module, BinaryProduct) else module
+
+
+def _plain(layer: BinaryLinear) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Signs (N, K), scales and biases (N,) of a layer whose input is signs or floating point."""
+    signs, scale = layer.signs(), layer.scale().clone()
+    if layer.quantizer is not None:  # sign(x) times a learned number, which the scale takes over
+        scale *= layer.quantizer(scale.new_ones(1))
+    empty = ~signs.any(1)  # a constant row: all of its weights are their mean
+    scale[empty] = 0
+    return signs.masked_fill(empty[:, None], 1), scale, None if layer.bias is None else layer.bias.clone()

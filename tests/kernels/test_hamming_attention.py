@@ -37,6 +37,14 @@ def test_masked_keys_are_not_counted():
     assert torch.equal(hamming_attention(q, k, v, bias=bias), hamming_attention(q, k[:, :, :3], v[:, :, :3]))
 
 
+def test_any_leading_axes():
+    q, k, v = codes(4, 6, 8)
+    bias = torch.randn(3, 4, 6)
+    wanted = hamming_attention(q, k, v, bias=bias)
+    assert torch.equal(hamming_attention(q[:, None], k[:, None], v[:, None], bias=bias), wanted[:, None])
+    assert torch.equal(hamming_attention(q[0, 0], k[0, 0], v[0, 0], bias=bias[0]), wanted[0, 0])
+
+
 def test_half_precision_counts_beyond_its_whole_numbers():
     q = k = torch.ones(1, 1, 3001, 4)  # every key is chosen: float16 has no 3001
     out = hamming_attention(q.half(), k.half(), torch.ones_like(q).half())
@@ -68,8 +76,8 @@ ZERO = torch.zeros(1, 2, 3, 4)
 @pytest.mark.parametrize(
     ('call', 'text'),
     [
-        (lambda: hamming_attention(ZERO[0], ZERO, ZERO), r'query must be \(B, h, N, d\)'),
-        (lambda: hamming_attention(ZERO, ZERO, ZERO[..., :2]), r'query must be \(B, h, N, d\), key and value'),
+        (lambda: hamming_attention(ZERO[0], ZERO, ZERO), 'query and key must agree but for N and M'),
+        (lambda: hamming_attention(ZERO, ZERO, ZERO[..., :2]), r'query must be \(\.\.\., N, d\), key and value'),
         (lambda: hamming_attention(ZERO[..., :2], ZERO, ZERO), 'query and key must agree but for N and M'),
         (lambda: hamming_attention(ZERO, ZERO, ZERO, threshold=0.0), 'threshold must be above 0 and at most 1'),
         (lambda: hamming_attention(ZERO, ZERO, ZERO, scale=0.0), r'scale must be positive, got scale=0\.0'),

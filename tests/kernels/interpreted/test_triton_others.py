@@ -132,11 +132,14 @@ def test_shift_linear(bits, M, K, N):
 def test_hamming_attention(N, M, d):
     q, k, v = torch.randn(2, 3, N, d), torch.randn(2, 3, M, d), torch.randn(2, 3, M, d)
     q[q.abs() < 0.1] = 0
+    masks = torch.randn(2, 1, N, M)  # of two windows
     for threshold, bias in ((0.25, None), (None, torch.randn(3, N, M)), (0.25, torch.randn(2, 1, 1, M))):
 
         def call(backend, *given, threshold=threshold, bias=bias):
             return hamming_attention(*given, threshold=threshold, bias=bias, backend=backend)
 
         pair(call, q, k.bfloat16(), v)
+    windows = [t.expand(2, 2, *t.shape[2:]) for t in (q[:, None], k[:, None], v[:, None])]
+    pair(lambda backend, *given: hamming_attention(*given, bias=masks, backend=backend), *windows)
     views = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
     assert torch.equal(call('triton', *views), call('triton', q, k, v))
