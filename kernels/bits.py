@@ -15,8 +15,8 @@ from torch import Tensor
 from .dispatch import exporting
 
 WORD = 32  # bits
-# (256,) int64: for each byte its eight signs, an int8 each, as they lie in memory
-_SIGNS_OF_BYTES = (((torch.arange(256)[:, None] >> torch.arange(8)) & 1) * 2 - 1).to(torch.int8).view(torch.int64)[:, 0]
+# (256, 8) int8: for each byte its eight signs
+_SIGNS_OF_BYTES = (((torch.arange(256)[:, None] >> torch.arange(8)) & 1) * 2 - 1).to(torch.int8)
 
 
 def words_for(width: int) -> int:
@@ -61,13 +61,24 @@ def unpack_signs(words: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     Returns:
         (..., K) of that type.
     """
-    if exporting():  # divisions and remainders, which every exporter knows; bytes of integers none does
-        powers = 2 ** torch.arange(WORD, device=words.device)
-        lanes = torch.div(words.long().unsqueeze(-1), powers, rounding_mode='floor').remainder(2)
-        return (2 * lanes - 1).to(dtype).flatten(-2)[..., :width]
-    eights = _SIGNS_OF_BYTES.to(words.device).index_select(0, _bytes(words).int().flatten())
+    if exporting():
+        table = _SIGNS_OF_BYTES.to(words.device, dtype)
+        eights = table[fields(words, torch.tensor([0, 8, 16, 24], device=words.device), 8)]
+        return eights.flatten(-3)[..., :width]
+    table = _SIGNS_OF_BYTES.to(words.device).view(torch.int64).flatten()  # eight signs move as one number
+    eights = table.index_select(0, _bytes(words).int().flatten())
     signs = eights.view(torch.int8).view(*words.shape[:-1], words.shape[-1] * WORD)
     return signs[..., :width].to(dtype)
+
+
+def fields(words: Tensor, places: Tensor, bits: int) -> Tensor:
+    """Parts of words in exported programs: (..., W) int32 to (..., W, P) int64, `bits` bits from each place on.
+
+    By remainders, which every exporter knows, and a division that float32 does exactly: exporters know neither the
+    bytes of integers nor shifts of signed ones, and divide integers in float32.
+    """
+    powers, words = 2**places, words.long().unsqueeze(-1)
+    return ((words.remainder(powers * 2**bits) - words.remainder(powers)).float() / powers).long()
 
 
 def popcount(words: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .bits import fields
 from .dispatch import exporting, refuse_triton, select
 
 DEEPEST = {5: 14, 8: 126}  # of the shifts that codes of so many bits hold
@@ -74,9 +75,8 @@ def pack_shifts(depth: Tensor, sign: Tensor, *, bits: int = 5) -> Tensor:
 def unpack_shifts(weight: Tensor, width: int, dtype: torch.dtype, *, bits: int = 5) -> Tensor:
     """The weights as numbers: (N, W) int32 to (N, width) of the type asked for."""
     _check_bits(bits)
-    if exporting():  # divisions and remainders, which every exporter knows; parts of integers none does
-        codes = torch.div(weight.long().unsqueeze(-1), 2 ** _places(bits, weight.device), rounding_mode='floor')
-        values = _POWERS[bits].to(weight.device)[codes.remainder(2**bits)]
+    if exporting():
+        values = _POWERS[bits].to(weight.device)[fields(weight, _places(bits, weight.device), bits)]
     elif bits == 5:
         halves = weight.contiguous().view(torch.int16).int() & 0x7FFF
         values = _THREES.to(weight.device).index_select(0, halves.flatten()).view(len(weight), -1)
