@@ -11,10 +11,24 @@ from .loops import EpochLoop, IterLoop
 from .optim import LayerDecayConstructor, OptimWrapper
 from .preprocess import Preprocess
 from .runner import Runner, build_runner
-from .tasks import Detector, ImageClassifier, Restorer, Segmentor, Task
+from .tasks import (
+    Detector,
+    DistilledClassifier,
+    DistilledDetector,
+    DistilledRestorer,
+    DistilledSegmentor,
+    ImageClassifier,
+    Restorer,
+    Segmentor,
+    Task,
+)
 
 __all__ = [
     'Detector',
+    'DistilledClassifier',
+    'DistilledDetector',
+    'DistilledRestorer',
+    'DistilledSegmentor',
     'EpochLoop',
     'ImageClassifier',
     'IterLoop',

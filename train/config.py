@@ -24,6 +24,7 @@ from mmengine.utils import get_object_from_string
 from torch.utils.data import DataLoader
 
 from ..backbones import create_model
+from ..backbones.binary import create_binary
 from ..backbones.registry import constructor_arguments
 from .hooks import DEFAULT_HOOKS
 
@@ -294,9 +295,9 @@ def resolve(kind: Any) -> Any:
 
 def arguments(component: Any, node: Mapping[str, Any]) -> list[str] | None:
     """Names of the arguments that a class or function takes; None if it takes any."""
-    if component is create_model:
+    if component in (create_model, create_binary):
         name = node.get('name')
-        named = [n for n, p in inspect.signature(create_model).parameters.items() if p.kind is not p.VAR_KEYWORD]
+        named = [n for n, p in inspect.signature(component).parameters.items() if p.kind is not p.VAR_KEYWORD]
         return [*named, *constructor_arguments(name)] if isinstance(name, str) else None
     if not inspect.isclass(component):
         return _signature(component)

@@ -1,15 +1,22 @@
 """Binarized and multiplication-free backbones, as they are trained: `binarize(model, method, **settings)`."""
 
-from .bivit import set_binary
+from .bivit import parts_of, set_binary
 from .convert import METHODS, binarize, create_binary
+from .hashing import KernelHash, hashes_of
 from .layers import BinaryLinear, BinaryProduct, ShiftLinear
+from .mixture import MixtureLinear, balance_loss
 
 __all__ = [
     'METHODS',
     'BinaryLinear',
     'BinaryProduct',
+    'KernelHash',
+    'MixtureLinear',
     'ShiftLinear',
+    'balance_loss',
     'binarize',
     'create_binary',
+    'hashes_of',
+    'parts_of',
     'set_binary',
 ]

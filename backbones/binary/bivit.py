@@ -204,18 +204,22 @@ def set_binary(model: nn.Module, part: str, enable: bool = True, *, restart: boo
     Raises:
         ValueError: no such part.
     """
-    found = [module for module in model.modules() if getattr(module, 'part', None) == part]
+    found = [module for module in model.modules() if isinstance(module, BinaryLinear) and module.part == part]
     if not found:
-        known = sorted({module.part for module in model.modules() if isinstance(module, BinaryLinear)})  # type: ignore[type-var]
-        raise ValueError(f'the model has no binary part {part!r}; it has {", ".join(known) or "none"}')
+        raise ValueError(f'the model has no binary part {part!r}; it has {", ".join(parts_of(model)) or "none"}')
     for module in model.modules():
         if isinstance(module, BinaryProduct) and part == 'attention':
             module.active = enable
     for module in found:
-        assert isinstance(module, BinaryLinear)
         module.active = enable
         if restart:
             module.restart_scale()
+
+
+def parts_of(model: nn.Module) -> tuple[str, ...]:
+    """The parts of a model that are binary layers, in the order of `PARTS`."""
+    found = {module.part for module in model.modules() if isinstance(module, BinaryLinear)}
+    return tuple(part for part in PARTS if part in found)
 
 
 def _layer(linear: nn.Linear, *, part: str, input: str, scale: str) -> BinaryLinear:

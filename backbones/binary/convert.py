@@ -10,8 +10,10 @@ from torch import nn
 from ..layers.lookup import choose, nearest
 from ..registry import create_model
 from .bivit import bivit
+from .ecoformer import ecoformer
+from .shiftadd import shiftadd
 
-METHODS: dict[str, Callable[..., None]] = {'bivit': bivit}
+METHODS: dict[str, Callable[..., None]] = {'bivit': bivit, 'ecoformer': ecoformer, 'shiftadd': shiftadd}
 
 
 def binarize(model: nn.Module, method: str, **settings: Any) -> nn.Module:
@@ -22,7 +24,7 @@ def binarize(model: nn.Module, method: str, **settings: Any) -> nn.Module:
 
     Args:
         model: from `create_model`, as classifier or in dense form.
-        method: 'bivit' (`bivit.bivit`).
+        method: 'bivit' (`bivit.bivit`), 'ecoformer' (`ecoformer.ecoformer`) or 'shiftadd' (`shiftadd.shiftadd`).
         settings: arguments of that function.
 
     Returns:

@@ -2,6 +2,7 @@
 
 from mmengine.hooks import Hook, ParamSchedulerHook
 
+from .binary import BinarySchedule
 from .checkpoint import Checkpoint
 from .guard import NanGuard, NonFiniteError
 from .log import Log
@@ -25,6 +26,7 @@ DEFAULT_HOOKS: dict[str, type[Hook]] = {
 
 __all__ = [
     'DEFAULT_HOOKS',
+    'BinarySchedule',
     'Checkpoint',
     'Log',
     'NanGuard',
