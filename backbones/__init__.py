@@ -37,7 +37,7 @@ from . import (
     twins,
     uvit,
 )
-from .binary import binarize
+from .binary import binarize, pack
 from .checkpoint import load_checkpoint
 from .registry import create_model, list_models
 from .sizes import AnySize, FixedSize, Resampled
@@ -69,6 +69,7 @@ __all__ = [
     'load_checkpoint',
     'mano',
     'metaformer',
+    'pack',
     'pixel_transformer',
     'poolformer',
     'pvt',

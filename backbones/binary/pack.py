@@ -11,12 +11,14 @@ TensorRT knows XNOR and popcount: what such a program multiplies are floating-po
 # N outputs, K inputs, W words of a row
 import copy
 import logging
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ...kernels import binary_linear, hamming_attention, pack_bits, pack_shifts, shift_linear
+from ...kernels.dispatch import exporting
 from .bivit import BinaryAttention
 from .layers import BinaryLinear, BinaryProduct, ShiftLinear
 
@@ -85,6 +87,8 @@ class PackedBinaryLinear(nn.Module):
         return packed
 
     def forward(self, x: Tensor) -> Tensor:
+        if exporting():
+            _say_what_is_exported()
         out = binary_linear(x, self.weight, self.scale, self.bias, input_signs=self.input_signs)
         if self.zeros is None:
             return out
@@ -154,6 +158,8 @@ class PackedShiftLinear(nn.Module):
         return packed
 
     def forward(self, x: Tensor) -> Tensor:
+        if exporting():
+            _say_what_is_exported()
         return shift_linear(x, self.weight, self.bias, bits=self.bits, fixed=self.fixed)
 
     def extra_repr(self) -> str:
@@ -207,6 +213,14 @@ def pack(module: _Module) -> _Module:
     with torch.no_grad():
         packed = _replaced(copy.deepcopy(module), {})
     return packed.requires_grad_(False).eval()  # type: ignore[return-value]
+
+
+@lru_cache(maxsize=1)
+def _say_what_is_exported() -> None:
+    _log.warning(
+        'XNOR, popcount and shifts have no ONNX form: packed layers are exported as floating-point products; '
+        'their weights stay packed in the file, and are unpacked when it is loaded'
+    )
 
 
 def _packable(part: nn.Module) -> bool:
