@@ -14,8 +14,8 @@ result of a product once, signs as 1 bit, powers of two as 5, all else as 32, as
 of experts is counted as it runs here, where every token goes through both.
 
 Energy: M. Horowitz, Computing's energy problem, ISSCC 2014, figure 1.1.9 (45 nm, 0.9 V) for additions, multiplications
-and DRAM; the shift is ShiftAddNet's, arXiv 2010.12785 (quoted from memory). A bit operation is in neither: a word's XNOR and
-popcount are priced as two int32 additions, our assumption.
+and DRAM; the shift is ShiftAddNet's, arXiv 2010.12785 (quoted from memory). A bit operation is in neither: a word's
+XNOR and popcount are priced as two int32 additions, our assumption.
 """
 
 import math
