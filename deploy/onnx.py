@@ -169,7 +169,13 @@ def _operators() -> dict[Any, Any]:
     def dequantize(x: Any, scale: Any, zero: Any, axis: int) -> Any:
         return op.DequantizeLinear(x, scale, zero, axis=axis)
 
+    def clip(x: Any, low: Any, high: Any) -> Any:
+        if low.shape is not None and len(low.shape) == 0:
+            return op.Clip(x, low, high)
+        return op.Where(op.Less(x, low), low, op.Where(op.Greater(x, high), high, x))
+
     return {
+        torch.ops.densezoo.clip.default: clip,
         torch.ops.densezoo.suppress.default: suppress,
         torch.ops.densezoo.quantize_linear.default: quantize,
         torch.ops.densezoo.dequantize_linear.default: dequantize,

@@ -34,6 +34,17 @@ def _(x: Tensor, scale: Tensor, zero: Tensor, axis: int) -> Tensor:
     return torch.empty_like(x, dtype=torch.int8)
 
 
+@torch.library.custom_op('densezoo::clip', mutates_args=())
+def clip(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """x between two ends that broadcast. An operator, since exporters' optimizers break graphs of Min and Max."""
+    return torch.maximum(torch.minimum(x, high), low)
+
+
+@clip.register_fake
+def _(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
 @torch.library.custom_op('densezoo::dequantize_linear', mutates_args=())
 def dequantize_linear(x: Tensor, scale: Tensor, zero: Tensor, axis: int) -> Tensor:
     """Floats of int8. ONNX's DequantizeLinear."""
@@ -70,6 +81,8 @@ class QuantizedLayer(nn.Module):
     bias: Tensor | None
     input_scale: Tensor
     input_zero: Tensor
+    lowest: Tensor | None
+    highest: Tensor | None
     channel_inverse: Tensor | None
 
     def __init__(
@@ -99,6 +112,12 @@ class QuantizedLayer(nn.Module):
         self.register_buffer('bias', None if layer.bias is None else layer.bias.detach().clone())
         self.register_buffer('input_scale', input_scale.clone())
         self.register_buffer('input_zero', torch.full_like(input_scale, input_zero, dtype=torch.int8))
+        ends: list[Tensor | None] = [None, None]
+        if bits < 8:  # files know 8 bits alone
+            shape = (-1, 1, 1) if input_scale.ndim and self.settings is not None else input_scale.shape
+            ends = [((limit - input_zero) * input_scale).view(shape) for limit in limits(bits)]
+        self.register_buffer('lowest', ends[0])
+        self.register_buffer('highest', ends[1])
         self.register_buffer('channel_inverse', None if channel_scale is None else 1 / channel_scale)
 
     def float_weight(self) -> Tensor:
@@ -111,12 +130,8 @@ class QuantizedLayer(nn.Module):
         """The input as int8 within its bits."""
         if self.channel_inverse is not None:
             x = x * _along(self.channel_inverse, x.ndim, self.axis)
-        if self.bits < 8:  # files know 8 bits alone
-            low, high = (
-                _along((limit - self.input_zero.to(x.dtype)) * self.input_scale, x.ndim, self.axis)
-                for limit in limits(self.bits)
-            )
-            x = torch.maximum(torch.minimum(x, high), low)
+        if self.lowest is not None and self.highest is not None:
+            x = clip(x, self.lowest, self.highest)
         return quantize_linear(x, self.input_scale, self.input_zero, self.axis % x.ndim)
 
     def forward(self, x: Tensor) -> Tensor:

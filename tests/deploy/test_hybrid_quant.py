@@ -1,5 +1,7 @@
 """Without this the search could choose worse settings than none, integers leave their bits, or files hold floats."""
 
+import math
+
 import onnx
 import pytest
 import torch
@@ -76,7 +78,7 @@ def test_search(bits, most):
     model = quantize_hybrid(MODEL, IMAGES, bits=bits)
     assert all(torch.equal(value, before[key]) for key, value in MODEL.state_dict().items())
     assert deviation(model) < most and deviation(model, OTHERS) < 2 * most
-    assert [s.name for s in model.quantization][0] == 'stem' and len(model.quantization) == LAYERS
+    assert model.quantization[0].name == 'stem' and len(model.quantization) == LAYERS
     assert {s.name for s in model.quantization if s.bridge} == {
         'blocks.0.dw', 'blocks.0.pw', 'blocks.0.grouped', 'blocks.1.qkv', 'blocks.1.proj'
     }  # fmt: skip
@@ -125,23 +127,29 @@ def test_blocks_have_shifts():
     assert deviation(model) < 0.01
 
 
-@pytest.mark.parametrize('options', [{'bits': 6}, {'mode': 'block', 'block': 5}])
+@pytest.mark.parametrize(
+    'options',
+    [
+        {'bits': 6, 'schemes': ['symmetric']},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({'mode': 'block', 'block': 5, 'bits': 6}, marks=pytest.mark.slow),
+    ],
+)
 def test_files_hold_integers(options, tmp_path):
+    """The Q/DQ file computes the same; TensorRT takes those without zero points and with one scale per input."""
     model = quantize_hybrid(MODEL, IMAGES, **options)
     path = export_onnx(model, IMAGES, tmp_path / 'q.onnx')
     (row,) = check_onnx(model, path, OTHERS)
     assert row.max_abs < 1e-4
     counts = count_operators(path)
-    assert counts['QuantizeLinear'] == LAYERS and counts['DequantizeLinear'] == 2 * LAYERS
-    kinds = [t.data_type for t in onnx.load(path).graph.initializer if len(t.dims) > 1]
-    assert kinds.count(onnx.TensorProto.INT8) == LAYERS and kinds.count(onnx.TensorProto.FLOAT) == 0
-
-
-def test_symmetric_files_become_engines(tmp_path):
-    model = quantize_hybrid(MODEL, IMAGES, schemes=['symmetric'])
-    assert {s.scheme for s in model.quantization} == {'symmetric'}
-    path = export_onnx(model, IMAGES, tmp_path / 'q.onnx')
-    assert build_engine(path, tmp_path / 'q.engine', batch=(1, 4, 8))['layers'] > 5
+    inputs = counts['QuantizeLinear']
+    assert inputs in (LAYERS, LAYERS - 1)  # two layers share theirs, and may share its integers
+    assert counts['DequantizeLinear'] == inputs + LAYERS
+    weights = [t.data_type for t in onnx.load(path).graph.initializer if len(t.dims) > 1 and math.prod(t.dims) > 8]
+    assert weights == LAYERS * [onnx.TensorProto.INT8]
+    if 'schemes' in options:
+        assert {s.scheme for s in model.quantization} == {'symmetric'}
+        assert build_engine(path, tmp_path / 'q.engine', batch=(1, 4, 8))['layers'] > 5
 
 
 def test_excluded_layers_stay():
