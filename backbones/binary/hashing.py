@@ -10,8 +10,6 @@ Gradients pass a code where -1 < y < 1, or 0 < y < 1 for the second kind, and ne
 """
 
 # B batch, h heads, N tokens, d head width, m anchors, b bits
-from collections.abc import Callable
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -112,7 +110,6 @@ class KernelHash(nn.Module):
             anchor: (1, h, m, d); tokens of the first image drawn at random if None, and where there are fewer than m,
                 of the next ones.
         """
-        N = x.shape[2]
         self.anchor.copy_(self._draw(x) if anchor is None else anchor)
         kernel = self._similarity(x)
         self.mvec.copy_(kernel.mean((0, 2), keepdim=True))
@@ -120,16 +117,16 @@ class KernelHash(nn.Module):
         left = self.bits * self.labels(x)
 
         def loss(y: Tensor) -> Tensor:
-            return -((y @ left) * y).sum(-1).mean() / (N * self.bits)
+            return -((y.mT @ left).mT * y).sum((2, 3)).mean()
 
         for bit in range(self.bits):
             start = self.A[:, bit, :, None]  # (h, m, 1)
-            found = self._descend(kernel, start.clone(), loss)
-            before, after = (torch.where((kernel @ a).mT > 0, 1.0, -1.0).to(x.dtype) for a in (start, found))
+            found = self._descend(kernel, left + left.mT, start)
+            before, after = (torch.where(kernel @ a > 0, 1.0, -1.0).to(x.dtype) for a in (start, found))
             better = loss(after) < loss(before)
             self.A[:, bit] = torch.where(better, found, start).squeeze(-1)
             chosen = torch.where(better, after, before)
-            left = left - chosen.mT @ chosen
+            left = left - chosen @ chosen.mT
         self.trained.fill_(True)
         if dist.is_available() and dist.is_initialized():
             for buffer in (self.A, self.anchor, self.mvec):
@@ -143,16 +140,22 @@ class KernelHash(nn.Module):
         labels.scatter_(3, attention.topk(k, 3).indices, 1.0)
         return labels.scatter_(3, attention.topk(k, 3, largest=False).indices, -1.0)
 
-    def _descend(self, kernel: Tensor, a: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
-        with torch.enable_grad():
-            a.requires_grad_()
-            optimizer = torch.optim.SGD([a], lr=self.lr, momentum=0.9, nesterov=True)
-            for _ in range(self.iterations):
-                optimizer.zero_grad()
-                y = 2 * torch.sigmoid((kernel @ a).mT) - 1  # in place of the sign
-                loss(y).backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-        return a.detach()
+    def _descend(self, kernel: Tensor, twice: Tensor, a: Tensor) -> Tensor:
+        """Gradient descent on -y^T S y / (N b), the mean over images and heads, y = 2 sigmoid(k a) - 1 for the sign.
+
+        Args:
+            twice: S + S^T, (B, h, N, N).
+            a: where it starts, (h, m, 1).
+        """
+        B, heads, N, _ = kernel.shape
+        velocity: Tensor | None = None
+        for _ in range(self.iterations):
+            y = torch.tanh(kernel @ a / 2)  # (B, h, N, 1)
+            slope = twice @ y * (1 - y.square())
+            gradient = (kernel.mT @ slope).sum(0) * (-0.5 / (N * self.bits * B * heads))
+            velocity = gradient if velocity is None else 0.9 * velocity + gradient
+            a = a - self.lr * (gradient + 0.9 * velocity)
+        return a
 
     def _draw(self, x: Tensor) -> Tensor:
         wanted, N = self.anchor.shape[2], x.shape[2]

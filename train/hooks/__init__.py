@@ -2,7 +2,7 @@
 
 from mmengine.hooks import Hook, ParamSchedulerHook
 
-from .binary import BinarySchedule
+from .binary import BinarySchedule, RelearnCodes
 from .checkpoint import Checkpoint
 from .guard import NanGuard, NonFiniteError
 from .log import Log
@@ -34,6 +34,7 @@ __all__ = [
     'NormSchedule',
     'Pictures',
     'ProgressBar',
+    'RelearnCodes',
     'Reseed',
     'Summary',
 ]

@@ -5,7 +5,7 @@ from typing import Any
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from ...backbones.binary import parts_of, set_binary
+from ...backbones.binary import hashes_of, parts_of, set_binary
 
 
 @HOOKS.register_module()
@@ -55,3 +55,27 @@ class BinarySchedule(Hook):
             set_binary(runner.model, part, active)
 
     after_train = before_val
+
+
+@HOOKS.register_module()
+class RelearnCodes(Hook):
+    """Learn the hash functions of EcoFormer and ShiftAddViT anew, from where they are, as the model changes.
+
+    Without it they are learned from the first batch alone.
+
+    Args:
+        interval: iterations between two times.
+        until: fraction of the run after which the codes stay as they are.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self, interval: int = 300, until: float = 0.8) -> None:
+        if interval < 1 or not 0 <= until <= 1:
+            raise ValueError(f'interval must be positive and until a fraction of the run, got {interval=}, {until=}')
+        self.interval, self.until = interval, until
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        if runner.iter and runner.iter % self.interval == 0 and runner.iter <= self.until * runner.max_iters:
+            for functions in hashes_of(runner.model):
+                functions.forget()

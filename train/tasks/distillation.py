@@ -1,5 +1,8 @@
 """Tasks that learn from a teacher too: a trained backbone whose logits or maps the student's are drawn to.
 
+    densezoo train quickstart/classification_swin          # the teacher
+    densezoo train quickstart/classification_bivit         # model.type=DistilledClassifier
+
 `DistilledClassifier`, `DistilledSegmentor`, `DistilledDetector` and `DistilledRestorer` are the tasks of these names
 with three more arguments. The teacher is no part of the task: it is in no checkpoint, and no optimizer sees it.
 """
@@ -13,6 +16,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ...backbones import load_checkpoint
+from ...backbones.binary import balance_loss
 from .base import Task
 from .kinds import Detector, ImageClassifier, Restorer, Segmentor
 
@@ -22,14 +26,16 @@ class Distilled(Task):
 
     - `loss_logits`, for classifiers: `logits` T^2 KL(softmax(teacher / T), softmax(student / T)), the mean over images;
     - `loss_features`: `features` times the mean squared difference of the backbones' maps, each position normalised
-      over its channels, the mean over stages (of plain classifiers: over blocks).
+      over its channels, the mean over stages (of plain classifiers: over blocks);
+    - `loss_balance`: `balance` times the balancing losses of gates, where the backbone has any with such a loss
+      (`binary.balance_loss`).
 
     Args:
         teacher: dict(type=create_model, name=..., ...), a backbone of the student's form: a classifier for a
             classifier, else in dense form; or a module; None trains without.
         checkpoint: file with the teacher's weights, read when training starts: its own or a whole run's best.pth.
         start: the student starts from the teacher's weights, as far as `load_checkpoint` takes them.
-        logits, features: weights of the terms; 0 leaves a term out.
+        logits, features, balance: weights of the terms; 0 leaves a term out.
         temperature: T.
         The others: see `Task`.
 
@@ -52,20 +58,21 @@ class Distilled(Task):
         start: bool = False,
         logits: float = 1.0,
         features: float = 0.0,
+        balance: float = 0.01,
         temperature: float = 1.0,
     ) -> None:
         super().__init__(
             backbone=backbone, head=head, neck=neck, preprocess=preprocess, grad_checkpointing=grad_checkpointing
         )
-        if logits < 0 or features < 0 or temperature <= 0:
+        if min(logits, features, balance) < 0 or temperature <= 0:
             raise ValueError(
-                f'logits and features must not be negative, temperature must be positive, got {logits=}, '
-                f'{features=}, {temperature=}'
+                f'logits, features and balance must not be negative, temperature must be positive, got {logits=}, '
+                f'{features=}, {balance=}, {temperature=}'
             )
         if teacher is not None and not logits and not features and not start:
             raise ValueError(f'a teacher needs a weight above 0 or start=True, got {logits=}, {features=}, {start=}')
         self.teacher_config, self.checkpoint, self.start = teacher, checkpoint, start
-        self.logits, self.features, self.temperature = logits, features, temperature
+        self.logits, self.features, self.balance, self.temperature = logits, features, balance, temperature
         self._maps: Sequence[Tensor] = ()
         object.__setattr__(self, '_teacher', None)  # not a submodule
 
@@ -106,6 +113,9 @@ class Distilled(Task):
 
     def losses(self, features: Any, images: Tensor, targets: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         terms = super().losses(features, images, targets)
+        balancing = balance_loss(self.backbone) if self.balance else None
+        if balancing is not None:
+            terms['loss_balance'] = self.balance * balancing
         if self.teacher_config is None or not (self.logits or self.features) or not self.training:
             return terms
         teacher = self.teacher.to(images.device)
