@@ -38,7 +38,7 @@ from . import (
     twins,
     uvit,
 )
-from .binary import binarize
+from .binary import binarize, pack
 from .checkpoint import load_checkpoint
 from .reduction import reduce_tokens
 from .registry import create_model, list_models
@@ -71,6 +71,7 @@ __all__ = [
     'load_checkpoint',
     'mano',
     'metaformer',
+    'pack',
     'pixel_transformer',
     'poolformer',
     'pvt',

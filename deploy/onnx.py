@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import quantized_layers  # noqa: F401  its operators become Q/DQ pairs
 from .export import export_program
 
 OPSET = 18  # what the parsers of TensorRT 10 and 11 both read in full
@@ -162,7 +163,23 @@ def _operators() -> dict[Any, Any]:
         none = op.Expand(op.Constant(value_ints=[0]), op.Shape(scores))
         return op.Cast(op.ScatterND(none, index, yes), to=9)  # to bool
 
-    return {torch.ops.densezoo.suppress.default: suppress}
+    def quantize(x: Any, scale: Any, zero: Any, axis: int) -> Any:
+        return op.QuantizeLinear(x, scale, zero, axis=axis)
+
+    def dequantize(x: Any, scale: Any, zero: Any, axis: int) -> Any:
+        return op.DequantizeLinear(x, scale, zero, axis=axis)
+
+    def clip(x: Any, low: Any, high: Any) -> Any:
+        if low.shape is not None and len(low.shape) == 0:
+            return op.Clip(x, low, high)
+        return op.Where(op.Less(x, low), low, op.Where(op.Greater(x, high), high, x))
+
+    return {
+        torch.ops.densezoo.clip.default: clip,
+        torch.ops.densezoo.suppress.default: suppress,
+        torch.ops.densezoo.quantize_linear.default: quantize,
+        torch.ops.densezoo.dequantize_linear.default: dequantize,
+    }
 
 
 def _described(model: nn.Module) -> dict[str, Any]:

@@ -9,6 +9,8 @@ python tools/benchmark.py latency caformer_s18                              # ev
 python tools/benchmark.py reduction --authors ToMe                         # fewer tokens against all of them
 python tools/benchmark.py loop                                              # against a bare PyTorch loop
 python tools/benchmark.py pipeline --workers 2                              # against torchvision's reference pipeline
+python tools/benchmark.py binary                                            # packed layers against float32, one core
+python tools/benchmark.py cost deit_tiny_patch16_224 --methods bivit        # operations and energy; `--cost` too
 python tools/benchmark.py peers --tasks detection                           # metrics against a torchvision backbone
 Ratios above 1 mean that ours is faster. Nothing else should run on the machine.
 """
@@ -82,6 +84,14 @@ def parser() -> argparse.ArgumentParser:
     pipeline.add_argument('--workers', type=int, default=2)
     pipeline.add_argument('--batches', type=int, default=100)
     pipeline.add_argument('--masks', action='store_true')
+    binary = what.add_parser('binary', help="packed binary and shift layers against torch's float32 linear, one core")
+    binary.add_argument('--tokens', type=int, nargs='+', help='rows of the input (default: 1 and 196)')
+    binary.add_argument('--repeats', type=int, default=50)
+    cost = what.add_parser('cost', help='bit operations, shifts, additions, multiplications, energy, bytes moved')
+    cost.add_argument('model', help='name of a backbone')
+    cost.add_argument('--methods', nargs='+', help='of binarize (default: bivit)')
+    cost.add_argument('--batch', type=int, default=1)
+    cost.add_argument('--size', type=int, default=224)
     peers = what.add_parser('peers', help="the quickstarts' metrics against a torchvision backbone")
     peers.add_argument('--tasks', nargs='+', help='quickstarts (default: all; each is trained twice)')
     peers.add_argument('--max-iters', type=int, help="iterations of both sides (default: the quickstart's)")
@@ -116,6 +126,14 @@ def measure(options: dict[str, Any]) -> list[dict[str, Any]]:
         from densezoo.tools.benchmarks import latency
 
         return [line.row() for line in latency.run(**given)]
+    if what == 'binary':
+        from densezoo.tools.benchmarks import binary
+
+        return [line.row() for line in binary.run(**given)]
+    if what == 'cost':
+        from densezoo.tools.benchmarks import cost
+
+        return [line.row() for line in cost.run(**given)]
     if what == 'pipeline':
         from densezoo.tools.benchmarks import pipeline
 
@@ -133,6 +151,14 @@ def measure(options: dict[str, Any]) -> list[dict[str, Any]]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows as a Markdown table; times in milliseconds."""
+    if 'unpacking' in rows[0]:
+        from densezoo.tools.benchmarks import binary
+
+        return binary.table(rows)
+    if 'compute_energy' in rows[0]:
+        from densezoo.tools.benchmarks import cost
+
+        return cost.table(rows)
     if 'runtime' in rows[0]:
         lines = ['| runtime | median, ms | p90, ms | p99, ms | images/s |', '|---|---:|---:|---:|---:|']
         for row in rows:
@@ -186,6 +212,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 @report_errors
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = ['cost' if argument == '--cost' else argument for argument in (sys.argv[1:] if argv is None else argv)]
     options = vars(parser().parse_args(argv))
     as_json = options.pop('json')
     with contextlib.redirect_stdout(sys.stderr):  # training logs; standard output is the table's alone

@@ -5,6 +5,7 @@ from .convert import METHODS, binarize, create_binary
 from .hashing import KernelHash, hashes_of
 from .layers import BinaryLinear, BinaryProduct, ShiftLinear
 from .mixture import MixtureLinear, balance_loss
+from .pack import PackedBinaryLinear, PackedProduct, PackedShiftLinear, pack
 
 __all__ = [
     'METHODS',
@@ -12,11 +13,15 @@ __all__ = [
     'BinaryProduct',
     'KernelHash',
     'MixtureLinear',
+    'PackedBinaryLinear',
+    'PackedProduct',
+    'PackedShiftLinear',
     'ShiftLinear',
     'balance_loss',
     'binarize',
     'create_binary',
     'hashes_of',
+    'pack',
     'parts_of',
     'set_binary',
 ]

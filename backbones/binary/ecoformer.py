@@ -19,17 +19,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...kernels import hashed_attention
 from .hashing import KernelHash, normalised
 from .replace import refuse, replace_attention
 from .softmax import SOURCES, SoftmaxAttention, replace_in_stages, share_projection, take_over
-
-
-def code_attention(codes: Tensor, value: Tensor, offset: int, exact_sum: bool = False) -> Tensor:
-    """The formula above, for codes (..., N, b) and values (..., N, d), with `offset` for b + 1."""
-    total = value.sum(-2, keepdim=True) if exact_sum else value
-    numerator = codes @ (codes.transpose(-2, -1) @ value) + offset * total
-    denominator = codes @ codes.sum(-2).unsqueeze(-1) + offset * codes.shape[-2]
-    return numerator / denominator
 
 
 class EcoFormerAttention(nn.Module):
@@ -56,7 +49,7 @@ class EcoFormerAttention(nn.Module):
         tokens = x.flatten(1, -2)
         qk, value = (layer(tokens).unflatten(2, (self.num_heads, -1)).transpose(1, 2) for layer in self.projections)
         codes = self.fast_attention['ksh'](normalised(qk))
-        out = code_attention(codes, value, codes.shape[-1] + 1, self.exact_sum)
+        out = hashed_attention(codes, codes, value, own_value=not self.exact_sum)
         return self.proj(out.transpose(1, 2).flatten(2)).view(x.shape)
 
     @property

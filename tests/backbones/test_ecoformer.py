@@ -8,9 +8,10 @@ import torch
 
 from densezoo.backbones import binarize, create_model, load_checkpoint
 from densezoo.backbones.binary import estimators
-from densezoo.backbones.binary.ecoformer import EcoFormerAttention, code_attention
+from densezoo.backbones.binary.ecoformer import EcoFormerAttention
 from densezoo.backbones.binary.hashing import KernelHash, hashes_of, normalised
 from densezoo.backbones.registry import model_class
+from densezoo.kernels import hashed_attention
 
 RECORDED = probe.load('ops/ecoformer_op')
 MODELS = {'ecoformer_pvt_v2_b0': 'pvt_v2_b0', 'ecoformer_twins_svt_small': 'twins_svt_small'}
@@ -81,13 +82,7 @@ def test_learning_the_hash_functions():
 def test_attention_of_codes():
     recorded = case('linear_attention_bias')
     q, k, v = (probe.image(spec['seed'], spec['shape']) for spec in (recorded['inputs'][n] for n in 'qkv'))
-    # queries and keys differ in this case alone
-    q, k = q.sign(), k.sign()
-    numerator = q @ (k.mT @ v) + 17 * v
-    out = numerator / (q @ k.sum(2).unsqueeze(-1) + 17 * 196)
-    check(recorded, out=out)
-    same = code_attention(k, v, 17)
-    torch.testing.assert_close(same, (k @ (k.mT @ v) + 17 * v) / (k @ k.mT + 17).sum(-1, keepdim=True))
+    check(recorded, out=hashed_attention(q.sign(), k.sign(), v))
 
 
 def test_the_exact_sum_is_attention():
@@ -95,7 +90,7 @@ def test_the_exact_sum_is_attention():
     codes, value = torch.randn(2, 3, 7, 4).sign(), torch.randn(2, 3, 7, 5)
     weights = codes @ codes.mT + 5
     expected = (weights / weights.sum(-1, keepdim=True)) @ value
-    torch.testing.assert_close(code_attention(codes, value, 5, exact_sum=True), expected)
+    torch.testing.assert_close(hashed_attention(codes, codes, value, own_value=False), expected)
 
 
 def test_straight_through():

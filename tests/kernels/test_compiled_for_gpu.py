@@ -12,11 +12,14 @@ from gpu_compiler import compile_for, launches
 
 from densezoo.kernels import (
     Windows,
+    binary_linear,
     block_sparse_attention,
+    hamming_attention,
     hilo_attention,
     match_tokens,
     neighborhood_attention,
     pool_mixer,
+    shift_linear,
     sparse_window_attention,
     window_attention,
 )
@@ -64,6 +67,28 @@ def matching(dtype):
     return match_tokens(torch.empty(2, 50, 64, dtype=dtype), 5, class_token=True, backend='triton').stay
 
 
+def signs(dtype):
+    vector = torch.empty(48)
+    words = torch.empty(48, 3, dtype=torch.int32)
+    x = torch.empty(2, 50, 70, dtype=dtype)
+    return binary_linear(x, words, vector, vector, nonzero=words, backend='triton')
+
+
+def unpacked(dtype):
+    words = torch.empty(48, 3, dtype=torch.int32)
+    return binary_linear(torch.empty(50, 70, dtype=dtype), words, input_signs=False, backend='triton')
+
+
+def shifts(dtype):
+    words = torch.empty(48, 12, dtype=torch.int32)
+    return shift_linear(torch.empty(50, 70, dtype=dtype), words, torch.empty(48), backend='triton')
+
+
+def hamming(dtype):
+    q = torch.empty(2, 3, 49, 32, dtype=dtype)
+    return hamming_attention(q, q, q, bias=torch.empty(3, 49, 49), backend='triton')
+
+
 # operation -> (modules that launch, kernels of a forward and a backward pass)
 OPERATIONS = {
     window: (('triton_window',), 2),
@@ -73,7 +98,12 @@ OPERATIONS = {
     pooling: (('triton_pool',), 3),
     hilo: (('triton_window', 'triton_ragged'), 5),
     matching: (('triton_match',), 1),
+    signs: (('triton_binary',), 2),
+    unpacked: (('triton_binary',), 1),
+    shifts: (('triton_shift',), 1),
+    hamming: (('triton_hamming',), 1),
 }
+INFERENCE = (matching, signs, unpacked, shifts, hamming)  # without a gradient
 
 
 @pytest.mark.parametrize('operation', OPERATIONS)
@@ -82,7 +112,7 @@ def test_traced_on_a_gpu(operation):
     with FakeTensorMode(), torch.device('cuda'):
         out = operation(torch.float16)
     assert out.device.type == 'cuda' and (out.dtype == torch.float16 or operation is matching)
-    assert out.requires_grad or operation is matching
+    assert out.requires_grad or operation in INFERENCE
 
 
 def compiled(operation, dtype, monkeypatch, **options):
@@ -98,7 +128,7 @@ def compiled(operation, dtype, monkeypatch, **options):
     return found
 
 
-@pytest.mark.parametrize('operation', [matching, pooling])
+@pytest.mark.parametrize('operation', [matching, pooling, signs])
 def test_machine_code_of_small_kernels(operation, monkeypatch):
     assert len(compiled(operation, torch.float16, monkeypatch)) == OPERATIONS[operation][1]
 

@@ -1,9 +1,19 @@
-"""Without this the Triton kernels of block-sparse and neighborhood attention and of matching are never executed."""
+"""Without this the Triton kernels of block-sparse, neighborhood and binary attention, of matching and of binary and
+shift layers are never executed."""
 
 import pytest
 import torch
 
-from densezoo.kernels import block_sparse_attention, match_tokens, neighborhood_attention
+from densezoo.kernels import (
+    binary_linear,
+    block_sparse_attention,
+    hamming_attention,
+    match_tokens,
+    neighborhood_attention,
+    pack_bits,
+    pack_shifts,
+    shift_linear,
+)
 
 
 def both(call, *tensors, tolerance=1e-5):
@@ -77,3 +87,59 @@ def test_matching(N, protected):
     ours, expected = (match_tokens(metric, 3, **options, backend=backend) for backend in ('triton', 'torch'))
     for name in ('stay', 'source', 'target'):
         assert torch.equal(getattr(ours, name), getattr(expected, name)), name
+
+
+def pair(call, *tensors, tolerance=1e-5):
+    """Triton's result against the reference's in float64."""
+    ours = call('triton', *tensors)
+    expected = call('torch', *(t.double() if t.is_floating_point() else t for t in tensors))
+    assert ours.dtype == tensors[0].dtype and ours.shape == expected.shape
+    scale = expected.abs().max().clamp(1).item()
+    torch.testing.assert_close(ours.double(), expected, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize('input_signs', [True, False])
+@pytest.mark.parametrize(('M', 'K', 'N'), [(1, 1, 1), (17, 40, 65)])
+def test_binary_linear(M, K, N, input_signs):
+    g = torch.Generator().manual_seed(M)
+    x, w = torch.randn(M, K, generator=g), torch.randn(N, K, generator=g)
+    x[x.abs() < 0.3] = 0
+    w[w.abs() < 0.3] = 0
+    scale, bias = torch.rand(N, generator=g), torch.randn(N, generator=g)
+    for nonzero in (None, pack_bits(w != 0)):
+
+        def call(backend, x, packed, *rest, nonzero=nonzero):
+            return binary_linear(x, packed, *rest, nonzero=nonzero, input_signs=input_signs, backend=backend)
+
+        pair(call, x, pack_bits(w > 0), scale, bias)
+    pair(call, x[:3].T.contiguous().T.bfloat16(), pack_bits(w > 0), tolerance=0.02)
+
+
+@pytest.mark.parametrize(('bits', 'M', 'K', 'N'), [(5, 3, 40, 66), (8, 18, 5, 3)])
+def test_shift_linear(bits, M, K, N):
+    g = torch.Generator().manual_seed(M)
+    depth, sign = torch.randint(0, 15, (N, K), generator=g), torch.randint(-1, 2, (N, K), generator=g)
+    packed, x, bias = pack_shifts(depth, sign, bits=bits), torch.randn(M, K, generator=g), torch.randn(N, generator=g)
+
+    def call(backend, x, *rest):
+        return shift_linear(x, packed, *rest, bits=bits, fixed=(4, 6), backend=backend)
+
+    pair(call, x, bias)
+    pair(call, x.half(), tolerance=0.01)
+
+
+@pytest.mark.parametrize(('N', 'M', 'd'), [(1, 1, 3), (7, 20, 17)])
+def test_hamming_attention(N, M, d):
+    q, k, v = torch.randn(2, 3, N, d), torch.randn(2, 3, M, d), torch.randn(2, 3, M, d)
+    q[q.abs() < 0.1] = 0
+    masks = torch.randn(2, 1, N, M)  # of two windows
+    for threshold, bias in ((0.25, None), (None, torch.randn(3, N, M)), (0.25, torch.randn(2, 1, 1, M))):
+
+        def call(backend, *given, threshold=threshold, bias=bias):
+            return hamming_attention(*given, threshold=threshold, bias=bias, backend=backend)
+
+        pair(call, q, k.bfloat16(), v)
+    windows = [t.expand(2, 2, *t.shape[2:]) for t in (q[:, None], k[:, None], v[:, None])]
+    pair(lambda backend, *given: hamming_attention(*given, bias=masks, backend=backend), *windows)
+    views = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
+    assert torch.equal(call('triton', *views), call('triton', q, k, v))

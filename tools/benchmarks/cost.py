@@ -1,0 +1,229 @@
+"""What a forward pass costs on hardware made for it: bit operations, shifts, additions, multiplications, energy, bytes.
+
+`densezoo benchmark cost MODEL --methods bivit shiftadd`. Nothing is timed: the operations of one forward pass are
+counted as they run, and sorted by the VALUES of their operands, whoever made them:
+
+    both operands of a product are -1, 0 or 1      bit operations (32 of them are an XNOR and a popcount)
+    one operand is -1, 0 or 1                      floating-point additions, no multiplications
+    one operand is 0 or signed powers of two       shifts, and additions of int32
+    else                                           floating-point multiplications and additions
+
+so that simulated and packed models give the same report. Element-wise layers count with the operations in `_POINTWISE`;
+exponentials and error functions are listed and not priced, moving and comparing is neither. Bytes: each operand and
+result of a product once, signs as 1 bit, powers of two as 5, all else as 32, as if nothing stayed in a cache. A mixture
+of experts is counted as it runs here, where every token goes through both.
+
+Energy: M. Horowitz, Computing's energy problem, ISSCC 2014, figure 1.1.9 (45 nm, 0.9 V) for additions, multiplications
+and DRAM; the shift is ShiftAddNet's, arXiv 2010.12785 (quoted from memory). A bit operation is in neither: a word's
+XNOR and popcount are priced as two int32 additions, our assumption.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from densezoo.backbones import binarize, create_model
+from densezoo.backbones.binary import BinaryLinear, ShiftLinear
+from densezoo.backbones.binary.hashing import hashes_of
+
+# picojoules
+ENERGY = {
+    'multiplications': 3.7,  # float32
+    'additions': 0.9,  # float32
+    'integer_additions': 0.1,  # int32
+    'shifts': 0.13,  # int32
+    'bit_operations': 2 * 0.1 / 32,
+}
+DRAM = 640 / 4  # of a byte, from 640 of a 32-bit word
+BITS = {'signs': 1, 'powers': 5, 'numbers': 32}
+
+_aten: Any = torch.ops.aten
+# multiplications, additions and special functions of each element
+_POINTWISE: dict[Any, tuple[int, int, int]] = {
+    _aten.add.Tensor: (0, 1, 0),
+    _aten.add_.Tensor: (0, 1, 0),
+    _aten.sub.Tensor: (0, 1, 0),
+    _aten.mul.Tensor: (1, 0, 0),
+    _aten.mul_.Tensor: (1, 0, 0),
+    _aten.div.Tensor: (1, 0, 0),
+    _aten.sum.dim_IntList: (0, 1, 0),
+    _aten.mean.dim: (0, 1, 0),
+    _aten.native_layer_norm.default: (3, 4, 0),
+    _aten.native_group_norm.default: (3, 4, 0),
+    _aten.native_batch_norm.default: (1, 1, 0),
+    _aten._native_batch_norm_legit_no_training.default: (1, 1, 0),
+    _aten._softmax.default: (1, 2, 1),
+    _aten.gelu.default: (2, 1, 1),
+    _aten.exp.default: (0, 0, 1),
+    _aten.sigmoid.default: (1, 1, 1),
+    _aten.silu.default: (2, 1, 1),
+}
+_ATTENTION = (
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_flash_attention.default,
+)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Operations of a forward pass, energies in microjoules, bytes moved and bytes of the weights."""
+
+    name: str
+    bit_operations: int
+    shifts: int
+    integer_additions: int
+    additions: int
+    multiplications: int
+    special: int
+    moved_bytes: int
+    weight_bytes: int
+
+    @property
+    def compute_energy(self) -> float:
+        return sum(getattr(self, name) * price for name, price in ENERGY.items()) / 1e6
+
+    @property
+    def memory_energy(self) -> float:
+        return self.moved_bytes * DRAM / 1e6
+
+    def row(self) -> dict[str, Any]:
+        return {**asdict(self), 'compute_energy': self.compute_energy, 'memory_energy': self.memory_energy}
+
+
+class Counting(TorchDispatchMode):
+    """A block in which the operations that run are counted, into `counts`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in (_aten.mm.default, _aten.bmm.default, _aten._int_mm.default):
+            self.product(args[0], args[1], out, out.numel() * args[0].shape[-1])
+        elif func is _aten.addmm.default or func is _aten.baddbmm.default:
+            self.product(args[1], args[2], out, out.numel() * args[1].shape[-1])
+            self.counts['additions'] += out.numel()
+        elif func is _aten.convolution.default:
+            self.convolution(args, out)
+        elif func in _ATTENTION:
+            self.attention(*args[:3])
+        elif func in _POINTWISE:
+            given = next(x for x in args if isinstance(x, Tensor))
+            first = out[0] if isinstance(out, tuple) else out
+            count = max(given.numel(), first.numel())
+            if first.is_floating_point():
+                for name, each in zip(('multiplications', 'additions', 'special'), _POINTWISE[func]):
+                    self.counts[name] += count * each
+        return out
+
+    def product(self, a: Tensor, b: Tensor, out: Tensor, count: int) -> None:
+        """`count` products of elements of a and b, and as many sums."""
+        kinds = kind(a), kind(b)
+        if kinds == ('signs', 'signs'):
+            self.counts['bit_operations'] += count
+        elif 'signs' in kinds:
+            self.counts['additions'] += count
+        elif 'powers' in kinds:
+            self.counts['shifts'] += count
+            self.counts['integer_additions'] += count
+        else:
+            self.counts['multiplications'] += count
+            self.counts['additions'] += count
+        bits = sum(x.numel() * BITS[of] for x, of in zip((a, b), kinds)) + 32 * out.numel()
+        self.counts['moved_bytes'] += bits // 8
+
+    def convolution(self, args: Any, out: Tensor) -> None:
+        x, weight, bias = args[:3]
+        self.product(x, weight, out, out.numel() * weight[0].numel())
+        if bias is not None:
+            self.counts['additions'] += out.numel()
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Of softmax, the map kept on chip."""
+        pairs = query.shape[:-1].numel() * key.shape[-2]
+        for name, each in zip(('multiplications', 'additions', 'special'), _POINTWISE[_aten._softmax.default]):
+            self.counts[name] += pairs * each
+        for width in (query.shape[-1], value.shape[-1]):
+            self.counts['multiplications'] += pairs * width
+            self.counts['additions'] += pairs * width
+        self.counts['moved_bytes'] += 4 * (query.numel() + key.numel() + value.numel() + query.shape[:-1].numel())
+
+
+def kind(x: Tensor) -> str:
+    """'signs': all values are -1, 0 or 1; 'powers': 0 or signed powers of two from 2 ** -15 to 1; else 'numbers'."""
+    if not x.numel():
+        return 'numbers'
+    if bool(((x == 0) | (x.abs() == 1)).all()):
+        return 'signs'
+    if not x.is_floating_point():
+        return 'numbers'
+    fraction, exponent = torch.frexp(x.float())
+    power = (fraction.abs() == 0.5) & (exponent <= 1) & (exponent >= -14)
+    return 'powers' if bool((power | (x == 0)).all()) else 'numbers'
+
+
+def cost(model: nn.Module, *inputs: Tensor, name: str = '') -> Cost:
+    """Counts one forward pass.
+
+    Args:
+        model: in evaluation mode.
+        inputs: its arguments; with values as in use, since operands are sorted by theirs.
+        name: for the table.
+    """
+    with torch.no_grad(), Counting() as counting:
+        model(*inputs)
+    numbers = {field: int(counting.counts[field]) for field in (*ENERGY, 'special', 'moved_bytes')}
+    return Cost(name=name, **numbers, weight_bytes=weight_bytes(model))
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Parameters and buffers, those that are layers' signs as bits, as `pack` has them."""
+    total = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    for module in model.modules():
+        if isinstance(module, BinaryLinear) and module.binary_weight:
+            total -= 4 * module.weight.numel() - 4 * module.out_features * math.ceil(module.in_features / 32)
+        elif isinstance(module, ShiftLinear):
+            trained = sum(4 * p.numel() for n, p in module.named_parameters() if n != 'bias')
+            total -= trained - 4 * module.out_features * math.ceil(module.in_features / 6)
+    return total
+
+
+def run(*, model: str, methods: Sequence[str] = ('bivit',), size: int = 224, batch: int = 1) -> list[Cost]:
+    """The model as it is and binarized by each method, randomly initialised: operations do not depend on training.
+
+    Args:
+        model: name of a backbone.
+        methods: of `binarize`.
+        size, batch: of the images.
+    """
+    torch.manual_seed(0)
+    parent = create_model(model).eval()
+    images = torch.randn(batch, 3, size, size)
+    rows = [cost(parent, images, name=f'{model}, float32')]
+    for method in methods:
+        network = binarize(parent, method).eval()
+        for hash in hashes_of(network):
+            hash.trained.fill_(True)
+        rows.append(cost(network, images, name=f'{model}, {method}'))
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table; operations in millions, energies in microjoules."""
+    names = ('bit_operations', 'shifts', 'integer_additions', 'additions', 'multiplications', 'special')
+    heads = [f'{name.replace("_", " ")}, M' for name in names]
+    heads += ['compute, uJ', 'of float32', 'moved, MB', 'DRAM, uJ', 'weights, MB']
+    lines = [f'| model | {" | ".join(heads)} |', '|---|' + '---:|' * len(heads)]
+    for row in rows:
+        cells = [f'{row[name] / 1e6:.1f}' for name in names]
+        cells += [f'{row["compute_energy"]:.0f}', f'{row["compute_energy"] / rows[0]["compute_energy"]:.1%}']
+        cells += [f'{row["moved_bytes"] / 1e6:.1f}', f'{row["memory_energy"]:.0f}', f'{row["weight_bytes"] / 1e6:.2f}']
+        lines.append(f'| {row["name"]} | {" | ".join(cells)} |')
+    return '\n'.join(lines)
