@@ -27,7 +27,11 @@ def test_there_are_configs_for_every_task():
     folders = {name.split('/')[0] for name in NAMES}
     assert folders == {'quickstart', 'custom', 'classification', 'detection', 'segmentation', 'restoration'}
     for folder, more in (
-        ('quickstart', {'detection_fcos', 'classification_cct', 'classification_dhvt'}),
+        (
+            'quickstart',
+            {'classification_cct', 'classification_dhvt'}
+            | {f'detection_{head}' for head in ('atss', 'cascade', 'deformable', 'detr', 'fcos', 'gfl', 'rtdetr')},
+        ),
         ('custom', set()),
     ):
         tasks = {name.split('/')[1] for name in NAMES if name.startswith(f'{folder}/')}
