@@ -22,11 +22,9 @@ from densezoo.heads import (
     DETR,
     FPN,
     GFL,
-    RTDETR,
     CascadeRCNN,
     DeformableDETR,
     EfficientViTSeg,
-    HybridEncoder,
     RetinaNet,
 )
 from densezoo.tools.exports import COLUMNS, Trial, build, families, row
@@ -90,12 +88,6 @@ def deformable_detr(backbone=tasks.PYRAMID):
     return Detector(backbone={**backbone, 'out_indices': (1, 2, 3)}, head=head, preprocess=tasks.PIXELS)
 
 
-def rtdetr(backbone=tasks.PYRAMID):
-    neck = {'type': HybridEncoder, 'out_channels': 32, 'num_heads': 2, 'hidden': 32, 'depth': 1}
-    return Detector(backbone={**backbone, 'out_indices': (1, 2, 3)}, neck=neck, head={'type': RTDETR, **SET},
-                    preprocess=tasks.PIXELS)  # fmt: skip
-
-
 HEADS = {
     'LinearClassifier': tasks.classifier,
     'OwnClassifier': tasks.own_classifier,
@@ -105,7 +97,7 @@ HEADS = {
     'FCOS': tasks.detector,
     'DETR': detr,
     'DeformableDETR': deformable_detr,
-    'RTDETR': rtdetr,
+    'RTDETR': tasks.rtdetr,
     'CascadeRCNN': partial(tasks.two_stages, kind=CascadeRCNN),
     'MaskRCNN': partial(tasks.two_stages, masks=True),
     'SemanticFPN': tasks.segmentor,
