@@ -21,7 +21,7 @@ from .denoising import denoising_queries
 from .detr import Stack, check_width
 from .hybrid_encoder import ConvNorm
 from .pyramid import FeatureInfo, Size, positive
-from .set_prediction import SetDetector, by_layer, inverse_sigmoid, repeated
+from .set_prediction import SetDetector, by_layer, inverse_sigmoid
 from .transformer import MLP, DeformableDecoderLayer
 
 # B batch, N cells of all levels, Q queries, C width, L layers
@@ -234,11 +234,7 @@ class RTDETR(SetDetector):
         ordinary_boxes = torch.cat([start.sigmoid()[None], boxes[:, :, -count:]])
         matched = self.match(ordinary_logits, ordinary_boxes, truth)
         if self.encoder_matches > 1:
-            often = repeated(truth, self.encoder_matches)
-            again = self.match(ordinary_logits[0], ordinary_boxes[0], often)
-            # A copy's number is its object's, plus a multiple of the picture's count.
-            objects = torch.tensor(truth.counts, device=again.device).clamp(min=1)[:, None]
-            matched[0] = torch.where(again >= 0, again % objects, again)
+            matched[0] = self.match(ordinary_logits[0], ordinary_boxes[0], truth, self.encoder_matches)
         terms = self.losses(ordinary_logits, ordinary_boxes, truth, matched)
         losses = by_layer({name: values[1:] for name, values in terms.items()})
         losses.update((f'{name}_encoder', values[0] / self.encoder_matches) for name, values in terms.items())

@@ -100,12 +100,15 @@ class SetDetector(nn.Module):
         truth = gather_objects(targets, self.frames(sizes, padded), self.num_classes, features[0].device)
         return truth, sizes
 
-    def match(self, logits: Tensor, boxes: Tensor, truth: Objects) -> Tensor:
-        """(..., B, Q) int64: the object of each query, -1 for none."""
-        return hungarian(
-            matching_costs(logits, boxes, truth, softmax=self.class_loss == 'softmax', weights=self.costs),
-            truth.counts,
-        )
+    def match(self, logits: Tensor, boxes: Tensor, truth: Objects, times: int = 1) -> Tensor:
+        """(..., B, Q) int64: the object of each query, -1 for none; each object has up to `times` queries."""
+        often = repeated(truth, times) if times > 1 else truth
+        costs = matching_costs(logits, boxes, often, softmax=self.class_loss == 'softmax', weights=self.costs)
+        matched = hungarian(costs, often.counts)
+        if times == 1:
+            return matched
+        objects = torch.tensor(truth.counts, device=matched.device).clamp(min=1)[:, None]
+        return torch.where(matched >= 0, matched % objects, matched)
 
     def losses(self, logits: Tensor, boxes: Tensor, truth: Objects, matched: Tensor) -> dict[str, Tensor]:
         """{'loss_cls', 'loss_box', 'loss_giou'}: weighted, (L,) each."""

@@ -220,9 +220,8 @@ def sine_positions(
     for axis, length in enumerate((height, width)):
         line = torch.arange(1, length + 1, device=device, dtype=torch.float32)[None]
         last = line[:, -1:]
-        if valid is not None:
+        if valid is not None:  # whatever stands in the padding: nothing looks there
             last = valid[:, axis : axis + 1].float()
-            line = torch.minimum(line, last)
         line = (line + offset) / (last + 1e-6) * (2 * math.pi)
         halves.append(waves(line, channels // 2))
     rows = halves[0][:, :, None].expand(-1, -1, width, -1)

@@ -1,9 +1,13 @@
 """The tasks, each on a PoolFormer of four narrow blocks."""
 
+from typing import Any
+
 from densezoo.backbones import create_model
 from densezoo.heads import (
     FCOS,
     FPN,
+    RTDETR,
+    HybridEncoder,
     KMaXDeepLab,
     LinearClassifier,
     Mask2Former,
@@ -23,6 +27,15 @@ PIXELS = {'type': Preprocess, 'mean': (120.0, 115.0, 105.0), 'std': (60.0, 55.0,
 def detector() -> Task:
     return Detector(backbone=PYRAMID, neck={'type': FPN, 'out_channels': 16}, head={'type': FCOS, 'num_classes': 3},
                     preprocess=PIXELS)  # fmt: skip
+
+
+def rtdetr(backbone: Any = PYRAMID) -> Task:
+    """A detector whose exported form gives results."""
+    neck = {'type': HybridEncoder, 'out_channels': 32, 'num_heads': 2, 'hidden': 32, 'depth': 1}
+    head = {'type': RTDETR, 'num_classes': 3, 'channels': 32, 'num_heads': 2, 'hidden': 32, 'decoder_layers': 2,
+            'num_queries': 20}  # fmt: skip
+    backbone = {**backbone, 'out_indices': (1, 2, 3)}
+    return Detector(backbone=backbone, neck=neck, head=head, preprocess=PIXELS)
 
 
 def two_stages(masks: bool = False, kind: type = MaskRCNN) -> Task:

@@ -32,7 +32,7 @@ from .hooks import DEFAULT_HOOKS
 TOP_LEVEL = ('check_data', 'compile', 'find_unused_parameters', 'model_wrapper_cfg', 'sync_bn', 'optim_wrapper')
 # Keys that containers without a `type` may hold.
 CONTAINERS: dict[str, tuple[str, ...]] = {
-    'paramwise_cfg': ('layer_decay', 'min_scale', 'decay_1d'),
+    'paramwise_cfg': ('layer_decay', 'min_scale', 'backbone_scale', 'decay_1d'),
     'clip_grad': ('type', 'max_norm', 'norm_type', 'error_if_nonfinite', 'foreach', 'clip_value'),
     'randomness': ('seed', 'diff_rank_seed', 'deterministic'),
     'env_cfg': ('cudnn_benchmark', 'mp_cfg', 'dist_cfg', 'resource_limit'),

@@ -16,6 +16,7 @@ from mmengine.evaluator import Evaluator
 from mmengine.registry import DATASETS
 from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.ops import clip_boxes_to_image
 
 from ..data import collate
 from ..heads.detection import finish, rescale
@@ -154,6 +155,9 @@ class DeployedTask:
             return finish(boxes[real], scores[real], labels[real].long(), size, original,
                           nms=decoding['nms'], limit=decoding['limit'], min_size=decoding['min_size'])  # fmt: skip
         real = scores > 0
+        if self.metadata['nms'] == 'none':  # the head's own results: nothing lies beyond the picture, nothing is empty
+            boxes = clip_boxes_to_image(boxes, size)
+            real &= ((boxes[:, 2:] - boxes[:, :2]) > decoding['min_size']).all(1)
         result = {'boxes': rescale(boxes[real], size, original), 'scores': scores[real], 'labels': labels[real].long()}
         if len(outputs) > 3:
             pasted = paste_masks_in_image(outputs[3][0][real][:, None], result['boxes'], original)[:, 0]

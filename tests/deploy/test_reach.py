@@ -25,12 +25,10 @@ from densezoo.heads import (
     FCN,
     FPN,
     GFL,
-    RTDETR,
     CascadeRCNN,
     DeepLabV3Plus,
     DeformableDETR,
     EfficientViTSeg,
-    HybridEncoder,
     OwnRestorer,
     Restormer,
     RetinaNet,
@@ -98,12 +96,6 @@ def deformable_detr(backbone=tasks.PYRAMID):
     return Detector(backbone={**backbone, 'out_indices': (1, 2, 3)}, head=head, preprocess=tasks.PIXELS)
 
 
-def rtdetr(backbone=tasks.PYRAMID):
-    neck = {'type': HybridEncoder, 'out_channels': 32, 'num_heads': 2, 'hidden': 32, 'depth': 1}
-    return Detector(backbone={**backbone, 'out_indices': (1, 2, 3)}, neck=neck, head={'type': RTDETR, **SET},
-                    preprocess=tasks.PIXELS)  # fmt: skip
-
-
 def on_maps(head, backbone, neck=None, **options):
     config = {'type': head, 'num_classes': 4, 'channels': 16, **options}
     return Segmentor(backbone=backbone, neck=neck, head=config, preprocess=tasks.PIXELS)
@@ -139,7 +131,7 @@ HEADS = {
     'FCOS': tasks.detector,
     'DETR': detr,
     'DeformableDETR': deformable_detr,
-    'RTDETR': rtdetr,
+    'RTDETR': tasks.rtdetr,
     'CascadeRCNN': partial(tasks.two_stages, kind=CascadeRCNN),
     'MaskRCNN': partial(tasks.two_stages, masks=True),
     'SemanticFPN': tasks.segmentor,

@@ -38,7 +38,10 @@ def test_matching_follows_the_paper():
     head = ATSS(feature_info=INFO, num_classes=5, anchor_scale=4.0)
     levels = head.anchors.on(maps(INFO))
     # odd corners: no two anchors are equally far
+    many = torch.rand(40, 4, generator=torch.Generator().manual_seed(1)) * torch.tensor([80.0, 60, 45, 35])
+    many[:, 2:] += many[:, :2] + 3
     targets = [{**t, 'boxes': t['boxes'] + torch.tensor([0.3, 0.7, 0.9, 0.4])} for t in TARGETS]
+    targets.append({'boxes': many, 'labels': torch.arange(40) % 5})
     truth = detection.gather_targets(targets, 5, torch.device('cpu'))
     ours = match_by_statistics(truth, levels, 9)
     for found, t in zip(ours, targets, strict=True):

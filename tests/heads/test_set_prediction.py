@@ -188,6 +188,14 @@ def test_objects_repeated_for_the_encoder():
     often = repeated(found, 2)
     assert often.labels[0].tolist() == [1, 2, 3] * 2 and often.labels[1, :2].tolist() == [4, 4]
     assert often.counts == [6, 2] and torch.equal(often.boxes[0, 3:], found.boxes[0])
+    head = build('rtdetr')
+    # Queries 0, 1, 2 ... lie on objects 0, 1, 2, 0, 1, 2 of the first picture, and on the only one of the second.
+    boxes = torch.stack([torch.cat([found.boxes[0]] * 3), found.boxes[1, :1].expand(9, -1)])
+    matched = head.match(torch.zeros(2, 9, 5), boxes, found, 2)
+    for picture, count in enumerate(found.counts):
+        chosen = matched[picture][matched[picture] >= 0]
+        assert chosen.bincount(minlength=count).tolist() == [2] * count
+    assert all(number in (-1, query % 3) for query, number in enumerate(matched[0].tolist()))
     head = build('rtdetr', encoder_matches=3, num_denoising=0)
     losses = backward(head, head.loss(maps(INFO), TARGETS))
     once = build('rtdetr', num_denoising=0).loss(maps(INFO), TARGETS)

@@ -93,6 +93,8 @@ def agree(ours, expected, limit=30):
         (tasks.detector, {'nms': 'products'}),
         (tasks.two_stages, {}),
         (partial(tasks.two_stages, masks=True), {'nms': 'operator'}),
+        (tasks.rtdetr, {}),
+        (tasks.rtdetr, {'nms': 'operator'}),
         (tasks.restorer, {}),
         (tasks.universal, {}),
         (tasks.oneformer, {}),
@@ -118,7 +120,7 @@ def test_results_are_the_trained_task_s(make, options):
     agree(DeployedTask(File(task, **options))(batch), predictions(task, batch))
 
 
-@pytest.mark.parametrize('make', [tasks.segmentor, tasks.detector, tasks.restorer])
+@pytest.mark.parametrize('make', [tasks.segmentor, tasks.detector, tasks.rtdetr, tasks.restorer])
 def test_smaller_pictures_are_padded_as_in_training(make):
     task = made(make)
     batch = samples((50, 90), SIZE, scaled=make is tasks.restorer)

@@ -8,7 +8,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from densezoo.backbones import create_model
-from densezoo.heads import FPN, OwnClassifier, RetinaNet
+from densezoo.heads import FPN, DeformableDETR, OwnClassifier, RetinaNet
 from densezoo.train import Detector, ImageClassifier, LayerDecayConstructor, OptimWrapper
 from densezoo.train.optim import parameter_groups
 
@@ -45,6 +45,17 @@ def test_neck_and_head_learn_at_the_full_rate() -> None:
     assert {rate for name, rate in rates.items() if name.startswith(('neck', 'head'))} == {1.0}
     stem = min(rate for name, rate in rates.items() if name.startswith('backbone'))
     assert stem < 0.1 and max(rates.values()) == 1.0
+
+
+def test_the_backbone_learns_at_a_fraction() -> None:
+    task = Detector(
+        backbone=create_model('poolformer_s12', features_only=True, out_indices=(1, 2, 3), **SMALL),
+        head=dict(type=DeformableDETR, num_classes=3, channels=16, hidden=16, encoder_layers=1, decoder_layers=1),
+    )
+    groups = parameter_groups(task, lr=1.0, weight_decay=0.1, backbone_scale=0.1)
+    rates = {name: group['lr'] for group in groups for name in group['names']}
+    assert {rate for name, rate in rates.items() if name.startswith('backbone')} == {0.1}
+    assert {rate for name, rate in rates.items() if name.startswith('head')} == {1.0}
 
 
 def test_wrong_options_are_named() -> None:
