@@ -130,8 +130,9 @@ class PanopticFolder(_Universal):
 class CocoPanoptic(_Universal):
     """COCO's panoptic format: a JSON of segments, and per picture a PNG whose R + 256 G + 65536 B is a segment's id.
 
-    Classes are all categories in the order of their ids; id 0 in the PNG is unknown. Where instances_<split>.json lies
-    beside, it becomes the `ann_file` of CocoMetric.
+    Classes are all categories in the order of their ids; id 0 in the PNG is unknown. Images whose ids are names, as in
+    ADE20K's conversion, are numbered from 1. Where instances_<split>.json lies beside, it becomes the `ann_file` of
+    CocoMetric.
 
     Args:
         root, split, transforms, seed, on_error, keep_crowd, exif: as CocoDetection.
@@ -157,7 +158,7 @@ class CocoPanoptic(_Universal):
         self._exif = exif
         self._folder, path = self._locate(images, ann_file, layouts=_LAYOUTS)
         self._pngs = self.root / expand_root(segmentations) if segmentations else path.with_suffix('')
-        data = read_json(path)
+        data = _numbered(read_json(path))
         # The pictures as CocoDetection indexes them; segments have no boxes that could be wrong.
         self._index(data | {'annotations': []}, path, False, None, 'fix', None, True)
         categories = sorted(data['categories'], key=lambda category: category['id'])
@@ -234,6 +235,19 @@ class CocoPanoptic(_Universal):
             'masks': InstanceMasks(masks.to(torch.uint8)),
             'mask': SemanticMask(torch.from_numpy(mask)),
         }
+
+
+def _numbered(data: dict[str, Any]) -> dict[str, Any]:
+    """The same with whole numbers for images where their ids are names, as converters of other datasets write them."""
+    images = data['images']
+    if all(isinstance(image.get('id'), int) for image in images):
+        return data
+    numbers = {image.get('id'): number for number, image in enumerate(images, 1)}
+    annotations = data.get('annotations') or []
+    return data | {
+        'images': [{**image, 'id': number} for number, image in enumerate(images, 1)],
+        'annotations': [{**one, 'image_id': numbers.get(one.get('image_id'), -1)} for one in annotations],
+    }
 
 
 def _in_class_order(categories: Mapping[int, int], count: int) -> list[int | None]:

@@ -150,6 +150,17 @@ def test_coco_panoptic(panoptic):
     assert CocoPanoptic(root=root, split='val').metainfo['ann_file'].endswith('instances_val2017.json')
 
 
+def test_images_may_be_named(panoptic):
+    root, ids, data = panoptic
+    named = {
+        'images': [{**data['images'][0], 'id': 'ADE_val_7'}],
+        'annotations': [{**data['annotations'][0], 'image_id': 'ADE_val_7'}],
+    }
+    (root / 'annotations' / 'panoptic_val2017.json').write_text(json.dumps(data | named))
+    target = CocoPanoptic(root=root, split='val')[0]['target']
+    assert target['image_id'] == 1 and np.array_equal(target['masks'][0].numpy(), ids == 300)
+
+
 def test_errors_of_coco_panoptic(panoptic, save):
     root, _, data = panoptic
     path = root / 'annotations' / 'panoptic_val2017.json'
