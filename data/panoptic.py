@@ -18,7 +18,7 @@ from torchvision import tv_tensors
 from .base import ImageDataset, OnError
 from .coco import CROWD, CocoDetection, read_json
 from .errors import DataError
-from .imageio import read_image, read_mask
+from .imageio import probe, read_image, read_mask
 from .masks import MaskFolder
 from .packed import PackedList
 from .palettes import distinct_colours
@@ -32,7 +32,15 @@ _LAYOUTS = (  # (images, annotations); the PNGs lie in a folder called as the JS
 )
 
 
-class PanopticFolder(CocoDetection):
+class _Universal(CocoDetection):
+    """Objects as CocoDetection has them, and 'mask' in the sample for the semantic map."""
+
+    def finish(self, sample: Sample) -> tuple[torch.Tensor, dict[str, Any]]:
+        image, target = super().finish(sample)
+        return image, target | {'mask': sample['mask'].as_subclass(torch.Tensor).long()}
+
+
+class PanopticFolder(_Universal):
     """Pictures with a COCO JSON of their objects and a folder of semantic masks of the same names.
 
     The JSON's categories are things, and each must bear the name of one of the masks' classes; the other classes are
@@ -102,6 +110,10 @@ class PanopticFolder(CocoDetection):
         problems = [(str(self.file(record)), 'has no semantic mask') for record in missing]
         self._start(0, problems, keep=[record for record in self._records.tolist() if record not in set(missing)])
 
+    def inspect(self, record: int) -> None:
+        super().inspect(record)
+        self._semantic.inspect(self._mask_of[self.file(record)])
+
     def read(self, record: int) -> Sample:
         sample = super().read(record)
         labels = sample['labels']
@@ -114,16 +126,13 @@ class PanopticFolder(CocoDetection):
             )
         return sample
 
-    def finish(self, sample: Sample) -> tuple[torch.Tensor, dict[str, Any]]:
-        image, target = super().finish(sample)
-        return image, target | {'mask': sample['mask'].as_subclass(torch.Tensor).long()}
 
-
-class CocoPanoptic(CocoDetection):
+class CocoPanoptic(_Universal):
     """COCO's panoptic format: a JSON of segments, and per picture a PNG whose R + 256 G + 65536 B is a segment's id.
 
-    Classes are all categories in the order of their ids; id 0 in the PNG is unknown. Where instances_<split>.json lies
-    beside, it becomes the `ann_file` of CocoMetric.
+    Classes are all categories in the order of their ids; id 0 in the PNG is unknown. Images whose ids are names, as in
+    ADE20K's conversion, are numbered from 1. Where instances_<split>.json lies beside, it becomes the `ann_file` of
+    CocoMetric.
 
     Args:
         root, split, transforms, seed, on_error, keep_crowd, exif: as CocoDetection.
@@ -149,7 +158,7 @@ class CocoPanoptic(CocoDetection):
         self._exif = exif
         self._folder, path = self._locate(images, ann_file, layouts=_LAYOUTS)
         self._pngs = self.root / expand_root(segmentations) if segmentations else path.with_suffix('')
-        data = read_json(path)
+        data = _numbered(read_json(path))
         # The pictures as CocoDetection indexes them; segments have no boxes that could be wrong.
         self._index(data | {'annotations': []}, path, False, None, 'fix', None, True)
         categories = sorted(data['categories'], key=lambda category: category['id'])
@@ -194,6 +203,10 @@ class CocoPanoptic(CocoDetection):
         self._listed = PackedList(listed)
         self._start(0, problems, keep=[record for record in records if listed[record] is not None])
 
+    def inspect(self, record: int) -> None:
+        super().inspect(record)
+        self._check_size(record, *probe(self._pngs / self._listed[record][0], exif=False))
+
     def read(self, record: int) -> Sample:
         image = read_image(self.file(record), exif=self._exif)
         height, width = int(image.shape[-2]), int(image.shape[-1])
@@ -223,9 +236,18 @@ class CocoPanoptic(CocoDetection):
             'mask': SemanticMask(torch.from_numpy(mask)),
         }
 
-    def finish(self, sample: Sample) -> tuple[torch.Tensor, dict[str, Any]]:
-        image, target = super().finish(sample)
-        return image, target | {'mask': sample['mask'].as_subclass(torch.Tensor).long()}
+
+def _numbered(data: dict[str, Any]) -> dict[str, Any]:
+    """The same with whole numbers for images where their ids are names, as converters of other datasets write them."""
+    images = data['images']
+    if all(isinstance(image.get('id'), int) for image in images):
+        return data
+    numbers = {image.get('id'): number for number, image in enumerate(images, 1)}
+    annotations = data.get('annotations') or []
+    return data | {
+        'images': [{**image, 'id': number} for number, image in enumerate(images, 1)],
+        'annotations': [{**one, 'image_id': numbers.get(one.get('image_id'), -1)} for one in annotations],
+    }
 
 
 def _in_class_order(categories: Mapping[int, int], count: int) -> list[int | None]:
