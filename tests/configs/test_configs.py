@@ -2,6 +2,7 @@
 tests a recipe for data that no developer has at hand breaks unseen."""
 
 import copy
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -25,11 +26,26 @@ def build_on_meta(config: Config) -> torch.nn.Module:
 
 def test_there_are_configs_for_every_task():
     folders = {name.split('/')[0] for name in NAMES}
-    assert folders == {'quickstart', 'custom', 'classification', 'detection', 'segmentation', 'restoration'}
+    assert folders == {
+        'quickstart',
+        'custom',
+        'classification',
+        'detection',
+        'segmentation',
+        'universal',
+        'restoration',
+    }
     for folder, more in (
         (
             'quickstart',
-            {'detection_fcos', 'classification_cct', 'classification_dhvt'}
+            {
+                'universal',
+                'universal_mask2former',
+                'universal_kmax',
+                'detection_fcos',
+                'classification_cct',
+                'classification_dhvt',
+            }
             | {f'segmentation_{name}' for name in ('sbcb', 'upernet', 'segformer', 'deeplabv3plus', 'gnconv')},
         ),
         ('custom', set()),
@@ -68,7 +84,7 @@ def test_recipe_states_its_figure(name):
     assert last.startswith('# ') and 'published' in last and 'trained here' in last
 
 
-def batch_for(size: int) -> dict:
+def batch_for(size: int, labels: Sequence[int] = (0, 1)) -> dict:
     """Two pictures with every kind of target: what a head does not ask for it does not read."""
     torch.manual_seed(0)
     targets = []
@@ -79,7 +95,7 @@ def batch_for(size: int) -> dict:
             dict(
                 label=number,
                 boxes=torch.tensor([[8.0, 8.0, 40.0, 40.0]]),
-                labels=torch.tensor([number]),
+                labels=torch.tensor([labels[number]]),
                 masks=masks,
                 mask=masks[0].long(),
                 clean=torch.rand(3, size, size),
@@ -90,7 +106,13 @@ def batch_for(size: int) -> dict:
     return dict(images=[torch.randint(0, 256, (3, size, size), dtype=torch.uint8) for _ in range(2)], targets=targets)
 
 
-@pytest.mark.parametrize('name', NAMES)
+# The universal heads have tens of millions of parameters, whatever the backbone.
+HEAVY = [name for name in NAMES if name.startswith('universal/') and 'poolformer' not in name]
+
+
+@pytest.mark.parametrize(
+    'name', [pytest.param(name, marks=pytest.mark.slow) if name in HEAVY else name for name in NAMES]
+)
 def test_a_reduced_copy_takes_one_step(name):
     config = load_config(name)
     config.model.backbone.pop('pretrained', None)
@@ -100,7 +122,8 @@ def test_a_reduced_copy_takes_one_step(name):
         config.model.head.channels = 64
     model = MODELS.build(config.model).train()
     fixed = getattr(model.backbone.sizes, 'height_width', None)
-    batch = model.data_preprocessor(batch_for(fixed[0] if fixed else 64), True)
+    labels = model.head.reader.things[:2] if hasattr(model.head, 'reader') else (0, 1)
+    batch = model.data_preprocessor(batch_for(fixed[0] if fixed else 64, labels), True)
     total, _ = model.parse_losses(model(**batch, mode='loss'))
     total.backward()
     # Of the whole model: a restorer's last layer starts at zero and lets nothing through to the backbone yet.
