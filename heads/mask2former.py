@@ -76,11 +76,13 @@ class MaskHead(UniversalHead):
             masks: L times (B, Q, h, w) logits.
         """
         class_logits, mask_logits = full_precision(torch.stack(list(classes))), full_precision(torch.stack(list(masks)))
-        points = torch.rand(len(segments.counts), self.points.number, 2, device=mask_logits.device)
+        # More points than cells would tell nothing more.
+        how = self.points._replace(number=min(self.points.number, mask_logits.shape[-2] * mask_logits.shape[-1]))
+        points = torch.rand(len(segments.counts), how.number, 2, device=mask_logits.device)
         matched = mask_loss.match(class_logits, mask_logits, segments, points.to(mask_logits.dtype), self.weights)
         total = mask_loss.average_total(sum(segments.counts), mask_logits.device)
         if any(segments.counts):
-            entropy, dice = mask_loss.mask_losses(mask_logits, matched, segments, total, self.points)
+            entropy, dice = mask_loss.mask_losses(mask_logits, matched, segments, total, how)
         else:
             entropy = dice = mask_logits.flatten(1).sum(1) * 0  # every parameter keeps a gradient
         terms = {
@@ -110,7 +112,7 @@ class Mask2Former(MaskHead):
         dropout, sub_pixel: of the pixel decoder; masks are sub_pixel times finer than the first map.
         pre_norm, project: see MaskedDecoder.
         class_weight, mask_weight, dice_weight, no_object: of the losses and the matching.
-        loss_points, oversample, important: points per mask, see mask_loss.Points.
+        loss_points, oversample, important: points per mask, see mask_loss.Points; at most as many as a mask has cells.
         score_threshold, overlap_threshold, detections: decoding.
     """
 
