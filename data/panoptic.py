@@ -18,7 +18,7 @@ from torchvision import tv_tensors
 from .base import ImageDataset, OnError
 from .coco import CROWD, CocoDetection, read_json
 from .errors import DataError
-from .imageio import read_image, read_mask
+from .imageio import probe, read_image, read_mask
 from .masks import MaskFolder
 from .packed import PackedList
 from .palettes import distinct_colours
@@ -32,7 +32,15 @@ _LAYOUTS = (  # (images, annotations); the PNGs lie in a folder called as the JS
 )
 
 
-class PanopticFolder(CocoDetection):
+class _Universal(CocoDetection):
+    """Objects as CocoDetection has them, and 'mask' in the sample for the semantic map."""
+
+    def finish(self, sample: Sample) -> tuple[torch.Tensor, dict[str, Any]]:
+        image, target = super().finish(sample)
+        return image, target | {'mask': sample['mask'].as_subclass(torch.Tensor).long()}
+
+
+class PanopticFolder(_Universal):
     """Pictures with a COCO JSON of their objects and a folder of semantic masks of the same names.
 
     The JSON's categories are things, and each must bear the name of one of the masks' classes; the other classes are
@@ -102,6 +110,10 @@ class PanopticFolder(CocoDetection):
         problems = [(str(self.file(record)), 'has no semantic mask') for record in missing]
         self._start(0, problems, keep=[record for record in self._records.tolist() if record not in set(missing)])
 
+    def inspect(self, record: int) -> None:
+        super().inspect(record)
+        self._semantic.inspect(self._mask_of[self.file(record)])
+
     def read(self, record: int) -> Sample:
         sample = super().read(record)
         labels = sample['labels']
@@ -114,12 +126,8 @@ class PanopticFolder(CocoDetection):
             )
         return sample
 
-    def finish(self, sample: Sample) -> tuple[torch.Tensor, dict[str, Any]]:
-        image, target = super().finish(sample)
-        return image, target | {'mask': sample['mask'].as_subclass(torch.Tensor).long()}
 
-
-class CocoPanoptic(CocoDetection):
+class CocoPanoptic(_Universal):
     """COCO's panoptic format: a JSON of segments, and per picture a PNG whose R + 256 G + 65536 B is a segment's id.
 
     Classes are all categories in the order of their ids; id 0 in the PNG is unknown. Where instances_<split>.json lies
@@ -194,6 +202,10 @@ class CocoPanoptic(CocoDetection):
         self._listed = PackedList(listed)
         self._start(0, problems, keep=[record for record in records if listed[record] is not None])
 
+    def inspect(self, record: int) -> None:
+        super().inspect(record)
+        self._check_size(record, *probe(self._pngs / self._listed[record][0], exif=False))
+
     def read(self, record: int) -> Sample:
         image = read_image(self.file(record), exif=self._exif)
         height, width = int(image.shape[-2]), int(image.shape[-1])
@@ -222,10 +234,6 @@ class CocoPanoptic(CocoDetection):
             'masks': InstanceMasks(masks.to(torch.uint8)),
             'mask': SemanticMask(torch.from_numpy(mask)),
         }
-
-    def finish(self, sample: Sample) -> tuple[torch.Tensor, dict[str, Any]]:
-        image, target = super().finish(sample)
-        return image, target | {'mask': sample['mask'].as_subclass(torch.Tensor).long()}
 
 
 def _in_class_order(categories: Mapping[int, int], count: int) -> list[int | None]:

@@ -2,7 +2,7 @@
 
 Every head is built with keyword arguments from `feature_info` (channels and strides) and has `forward(features)` (plain
 tensors), `loss(features, targets)` (a dict of scalars; keys that start with `loss_` are summed) and
-`predict(features, sizes, original_sizes)` (one dict per picture).
+`predict(features, sizes, original_sizes)` (one dict per picture). A head for the loss alone (SBCB) predicts nothing.
 """
 
 from .classification import LinearClassifier, OwnClassifier

@@ -101,6 +101,8 @@ def test_errors_of_folders(folder):
     Image.fromarray(np.zeros((60, 80), dtype=np.uint8)).save(folder / 'masks' / 'train' / '1.png')
     with pytest.raises(DataError, match=r'0\.png: mask of another size: \(30, 80\) for a picture of \(60, 80\)'):
         _ = PanopticFolder(root=folder)[0]
+    with pytest.raises(DataError, match=r'0\.png: mask of another size'):
+        PanopticFolder(root=folder).check()
 
 
 # ------------------------------------------------------------------------------------------- COCO's own format
@@ -170,5 +172,8 @@ def test_errors_of_coco_panoptic(panoptic, save):
     save('annotations/panoptic_val2017/7.png', pixels=np.zeros((20, 29, 3), dtype=np.uint8))
     with pytest.raises(DataError, match=r'must be RGB of 30x20, got an array \(20, 29, 3\)'):
         _ = changed()[0]
+    (root / 'annotations' / 'panoptic_val2017' / '7.png').unlink()
+    with pytest.raises(DataError, match=r'panoptic_val2017/7\.png: no such file'):
+        changed().check()
     with pytest.raises(DataError, match=r"no images with annotations for split='test'.*panoptic_test2017\.json"):
         CocoPanoptic(root=root, split='test')

@@ -50,6 +50,12 @@ def test_hidden_objects_and_things_without_an_object():
     assert segments(gone, things=THINGS, kind='instance')[0].tolist() == [1]
 
 
+def test_an_object_keeps_its_pixels_where_the_map_names_stuff():
+    disputed = target()
+    disputed['mask'][1, 1] = 0
+    assert panoptic_map(disputed, things=THINGS).ids[1, 1] == 1
+
+
 @pytest.mark.parametrize('kind', ['panoptic', 'instance', 'semantic'])
 def test_empty_targets(kind):
     empty = {

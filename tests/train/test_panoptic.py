@@ -214,6 +214,16 @@ def test_fractions_are_of_the_diagonal_and_agree_with_the_segmentation_metric():
     assert ours['boundary/F@0.05'] == pytest.approx(boundary_metrics(truth, found, tolerances=(4,))['boundary/F@4'])
 
 
+def test_the_border_of_what_is_unknown_is_no_outline():
+    truth = torch.zeros(20, 20, dtype=torch.int64)
+    truth[:10] = 255
+    found = truth.clone()
+    found[:10] = 1  # where nothing is known anything may be found
+    assert set(boundary_metrics(truth, found, tolerances=(1,)).values()) == {0.0}
+    truth[15:], found[15:] = 2, 2
+    assert set(boundary_metrics(truth, found, tolerances=(1,)).values()) == {1.0}
+
+
 def test_pictures_without_a_boundary():
     flat, unknown = torch.zeros(20, 20, dtype=torch.int64), torch.full((20, 20), 255)
     for truth in (flat, unknown):
