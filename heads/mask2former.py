@@ -75,21 +75,26 @@ class MaskHead(UniversalHead):
             classes: L times (B, Q, K + 1) logits.
             masks: L times (B, Q, h, w) logits.
         """
-        class_logits, mask_logits = full_precision(torch.stack(list(classes))), full_precision(torch.stack(list(masks)))
+        with torch.autocast(masks[-1].device.type, enabled=False):
+            return self._set_losses(
+                full_precision(torch.stack(list(classes))), full_precision(torch.stack(list(masks))), segments
+            )
+
+    def _set_losses(self, classes: Tensor, masks: Tensor, segments: Segments) -> dict[str, Tensor]:
+        weights = self.weights
         # More points than cells would tell nothing more.
-        how = self.points._replace(number=min(self.points.number, mask_logits.shape[-2] * mask_logits.shape[-1]))
-        points = torch.rand(len(segments.counts), how.number, 2, device=mask_logits.device)
-        matched = mask_loss.match(class_logits, mask_logits, segments, points.to(mask_logits.dtype), self.weights)
-        total = mask_loss.average_total(sum(segments.counts), mask_logits.device)
+        how = self.points._replace(number=min(self.points.number, masks.shape[-2] * masks.shape[-1]))
+        points = torch.rand(len(segments.counts), how.number, 2, device=masks.device, dtype=masks.dtype)
+        matched = mask_loss.match(classes, masks, segments, points, weights)
+        total = mask_loss.average_total(sum(segments.counts), masks.device)
         if any(segments.counts):
-            entropy, dice = mask_loss.mask_losses(mask_logits, matched, segments, total, how)
+            entropy, dice = mask_loss.mask_losses(masks, matched, segments, total, how)
         else:
-            entropy = dice = mask_logits.flatten(1).sum(1) * 0  # every parameter keeps a gradient
+            entropy = dice = masks.flatten(1).sum(1) * 0  # every parameter keeps a gradient
         terms = {
-            'loss_class': self.weights.classes
-            * mask_loss.class_losses(class_logits, matched, segments, self.weights.no_object),
-            'loss_mask': self.weights.mask * entropy,
-            'loss_dice': self.weights.dice * dice,
+            'loss_class': weights.classes * mask_loss.class_losses(classes, matched, segments, weights.no_object),
+            'loss_mask': weights.mask * entropy,
+            'loss_dice': weights.dice * dice,
         }
         return {
             **{name: value[-1] for name, value in terms.items()},

@@ -26,7 +26,7 @@ from .pyramid import FeatureInfo
 from .segments import KINDS
 from .text import TextTransformer, Tokenizer, contrastive_loss
 from .transformer import MLP, DecoderLayer, sine_positions
-from .universal import Segments
+from .universal import Segments, full_precision
 
 # B batch, Q queries, C width, K classes, T tasks, L predictions of the decoder, h w size of the finest map
 
@@ -236,7 +236,9 @@ class OneFormer(MaskHead):
         segments = self.gather(targets, self.inputs.padded_size(features), kinds)
         classes, masks, queries = self.decode(self.pixel_decoder(features), self.task(kinds))
         losses = self.set_losses(classes, masks, segments)
-        contrast = contrastive_loss(queries.float(), self.texts(segments, kinds).float(), self.logit_scale)
+        texts = self.texts(segments, kinds)
+        with torch.autocast(queries.device.type, enabled=False):
+            contrast = contrastive_loss(full_precision(queries), full_precision(texts), self.logit_scale)
         losses['loss_contrast'] = self.contrast_weight * contrast
         return losses
 

@@ -224,6 +224,16 @@ def test_one_picture_trains():
     assert all(torch.isfinite(value) for value in losses.values())
 
 
+def test_matching_of_each_layer():
+    torch.manual_seed(0)
+    shared = small().eval().loss(maps(), HARD['objects'])
+    torch.manual_seed(0)
+    own = small(share_matching=False).eval().loss(maps(), HARD['objects'])
+    assert own['loss_mask_aux'] != shared['loss_mask_aux']
+    for key in ('loss_class', 'loss_mask', 'loss_dice'):  # those of the last prediction are the same
+        torch.testing.assert_close(own[key], shared[key])
+
+
 def test_order_of_objects_does_not_matter():
     head, objects = small().eval(), [(0, 4, 4, 30, 40), (1, 20, 50, 60, 90), (0, 40, 0, 60, 20)]
     one = head.loss(maps(1), [target(*objects)])
@@ -271,7 +281,20 @@ def test_distances_beyond_the_table_take_its_ends():
     assert torch.equal(attention.query_rpe(300)[0, 254], attention.query_rpe(300)[0, 299])
 
 
+def test_losses_are_float32_under_autocast():
+    head = small()
+    with torch.autocast('cpu', torch.bfloat16):
+        losses = head.loss(maps(), HARD['objects'])
+    assert {value.dtype for value in losses.values()} == {torch.float32}
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in head.parameters())
+
+
 ERRORS = [
+    (
+        lambda: KMaXDeepLab(feature_info=SMALL, num_classes=5, things=2, num_queries=0),
+        'num_queries must be at least 1, got 0',
+    ),
     (lambda: small(kinds=('axial', 'axil', 'axial', 'axial')), "kinds must be one of .* did you mean 'axial'"),
     (lambda: small(auxiliary='decode'), "auxiliary must be one of .* did you mean 'decoder'"),
     (

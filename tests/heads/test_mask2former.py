@@ -287,6 +287,15 @@ def test_exported_equals_eager():
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_losses_are_float32_under_autocast():
+    head = small()
+    with torch.autocast('cpu', torch.bfloat16):
+        losses = head.loss(maps(), HARD['objects'])
+    assert {value.dtype for value in losses.values()} == {torch.float32}
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in head.parameters())
+
+
 ERRORS = [
     (lambda: small(kind='semantics'), "kind must be one of .* did you mean 'semantic'"),
     (lambda: small(channels=18), 'channels must be a multiple of 4'),
