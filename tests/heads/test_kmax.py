@@ -275,6 +275,22 @@ def test_aligned_pictures_are_sampled_and_enlarged_at_their_corners():
     assert head.reader.enlarge(masks, [(68, 100)]).shape[-2:] == (68, 100)
 
 
+def test_a_segment_between_the_samples_keeps_its_cell():
+    segments, _ = small()._sampled([target((0, 5, 9, 6, 10), (1, 30, 40, 60, 90))], maps(1))
+    assert segments.masks[0, 0].nonzero().tolist() == [[1, 2]]
+    assert segments.masks[0, 1].sum() == 8 * 12  # of the others every fourth pixel
+
+
+def test_void_pixels_are_drawn_last():
+    head = small()
+    segments, _ = head._sampled([target((0, 4, 4, 30, 40), stuff=255)], maps(1))
+    truth = kmax_loss.match(head.predictions(maps(1))[-1], segments)
+    known = int((~truth.void).sum())
+    drawn = kmax_loss.draw(truth, known + 5, 1.5)[0]
+    assert known > 20 and len(drawn.unique()) == known + 5
+    assert not truth.void[0, drawn[:known]].any() and truth.void[0, drawn[known:]].all()
+
+
 def test_distances_beyond_the_table_take_its_ends():
     attention = AxialAttention2d(8, 8).height_axis
     assert attention.query_rpe(300).shape == (300, 300, 1)

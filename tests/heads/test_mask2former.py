@@ -207,6 +207,20 @@ def test_order_of_objects_does_not_matter():
     torch.testing.assert_close(*seen)
 
 
+def test_segments_without_a_query_cost_nothing():
+    torch.manual_seed(0)
+    classes, masks, points = torch.randn(1, 1, 1, 6), torch.randn(1, 1, 1, 16, 24), torch.rand(1, 100, 2)
+    head = small()
+    both = head.gather([target((0, 4, 4, 30, 40), (1, 20, 50, 60, 90))], (64, 96), ['instance'])
+    matched = mask_loss.match(classes, masks, both, points)
+    kept = int(matched)
+    one = Segments(both.labels[:, kept : kept + 1], both.masks[:, kept : kept + 1], [1])
+    total = torch.tensor(2.0)
+    ours = mask_loss.mask_losses(masks, matched, both, total, Points(), points.expand(2, -1, -1))
+    alone = mask_loss.mask_losses(masks, torch.zeros_like(matched), one, total, Points(), points)
+    torch.testing.assert_close(ours, alone)
+
+
 def test_batch_equals_singles_and_results_fit():
     head, features = small(overlap_threshold=0.0).eval().double(), [f.double() for f in maps()]
     sizes, originals = [(64, 96), (50, 70)], [(128, 192), (25, 33)]
