@@ -42,6 +42,7 @@ class MaskHead(UniversalHead):
         overlap_threshold: float,
         detections: int,
         sub_pixel: int,
+        lr_scale: float,
     ):
         super().__init__(
             feature_info=feature_info,
@@ -61,8 +62,15 @@ class MaskHead(UniversalHead):
                 f'loss_points and oversample must be at least 1 and important in [0, 1], got '
                 f'loss_points={points.number}, oversample={points.oversample}, important={points.important}'
             )
+        if lr_scale <= 0:
+            raise ValueError(f'lr_scale must be positive, got {lr_scale}')
         self.weights = weights
         self.points = points
+        self.lr_scale = lr_scale
+
+    def lr_scales(self) -> dict[str, float]:
+        """The head's factor of the learning rate."""
+        return {} if self.lr_scale == 1 else {'*': self.lr_scale}
 
     def no_weight_decay(self) -> set[str]:
         """Tables of queries, levels and tokens, as published."""
@@ -118,6 +126,7 @@ class Mask2Former(MaskHead):
         pre_norm, project: see MaskedDecoder.
         class_weight, mask_weight, dice_weight, no_object: of the losses and the matching.
         loss_points, oversample, important: points per mask, see mask_loss.Points; at most as many as a mask has cells.
+        lr_scale: factor of the head's learning rate: attention bears less than a backbone of batch norms.
         score_threshold, overlap_threshold, detections: decoding.
     """
 
@@ -149,6 +158,7 @@ class Mask2Former(MaskHead):
         loss_points: int = 12544,
         oversample: float = 3.0,
         important: float = 0.75,
+        lr_scale: float = 1.0,
         tasks: Sequence[str] = ('panoptic', 'instance', 'semantic'),
         score_threshold: float = 0.8,
         overlap_threshold: float = 0.8,
@@ -165,6 +175,7 @@ class Mask2Former(MaskHead):
             overlap_threshold=overlap_threshold,
             detections=detections,
             sub_pixel=sub_pixel,
+            lr_scale=lr_scale,
         )
         self.kind = choose('kind', kind, KINDS)
         self.pixel_decoder = DeformablePixelDecoder(

@@ -111,6 +111,7 @@ class OneFormer(MaskHead):
         task_scale: factor of the token ids that the task's MLP reads (1 as published: raw ids).
         class_weight, mask_weight, dice_weight, no_object, loss_points, oversample, important: see Mask2Former.
         contrast_weight, temperature: of the query-text contrast.
+        lr_scale: see Mask2Former.
         score_threshold, overlap_threshold, detections: decoding.
     """
 
@@ -151,6 +152,7 @@ class OneFormer(MaskHead):
         important: float = 0.75,
         contrast_weight: float = 0.5,
         temperature: float = 0.07,
+        lr_scale: float = 1.0,
         tasks: Sequence[str] = ('panoptic', 'instance', 'semantic'),
         score_threshold: float = 0.8,
         overlap_threshold: float = 0.8,
@@ -167,6 +169,7 @@ class OneFormer(MaskHead):
             overlap_threshold=overlap_threshold,
             detections=detections,
             sub_pixel=sub_pixel,
+            lr_scale=lr_scale,
         )
         if not 0 <= context < num_queries:
             raise ValueError(f'context must be fewer than num_queries={num_queries}, got {context}')

@@ -48,6 +48,7 @@ model = dict(
         task_scale=1 / 514,
         # Masks of 48x48: a quarter of their cells, and the uncertain ones among three times as many.
         loss_points=576,
+        lr_scale=0.25,
         score_threshold=0.5,
         overlap_threshold=0.5,
         detections=20,
@@ -93,5 +94,6 @@ val_evaluator = [
     dict(type=CocoMetric, iou_types=('bbox', 'segm')),
 ]
 
+optim_wrapper['optimizer'].update(lr=4e-3)  # batch norms bear twice the base's, attention (lr_scale) half of it
 train_cfg.update(max_iters=max_iters, val_interval=1100)
 param_scheduler[1].update(end=max_iters)

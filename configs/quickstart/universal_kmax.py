@@ -25,3 +25,4 @@ model['head'] = dict(
     overlap_threshold=0.5,
     detections=20,
 )
+optim_wrapper['optimizer'].update(lr=2e-3)

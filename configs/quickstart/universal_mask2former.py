@@ -21,6 +21,7 @@ model['head'] = dict(
     num_heads=4,
     sub_pixel=2,
     loss_points=576,
+    lr_scale=0.25,
     score_threshold=0.5,
     overlap_threshold=0.5,
     detections=20,

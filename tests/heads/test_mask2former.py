@@ -5,14 +5,18 @@ import probe
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_tasks import SMALL as TINY
 from torch.export import Dim, export
 
+from densezoo.backbones import create_model
 from densezoo.heads import Mask2Former, PyramidInfo, mask_loss
 from densezoo.heads.mask2former import convert
 from densezoo.heads.mask2former_decoder import Attention, where_to_look
 from densezoo.heads.mask2former_pixel_decoder import centres
 from densezoo.heads.mask_loss import Points
 from densezoo.heads.universal import Segments, instances, panoptic_by_argmax, semantic_map
+from densezoo.train import UniversalSegmentor
+from densezoo.train.optim import parameter_groups
 
 INPUTS = PyramidInfo([64, 128, 320, 512], [4, 8, 16, 32])
 SMALL = PyramidInfo([8, 12, 16, 24], [4, 8, 16, 32])
@@ -247,6 +251,16 @@ def test_finer_masks():
     assert all(torch.isfinite(value) for value in head.train().loss(maps(), HARD['one pixel']).values())
 
 
+def test_rates_and_decay_of_parameters():
+    task = UniversalSegmentor(backbone=create_model(features_only=True, **TINY), head=small(lr_scale=0.25))
+    groups = parameter_groups(task, lr=1.0, weight_decay=0.1)
+    of = {name: group for group in groups for name in group['names']}
+    assert of['head.predictor.mask_embed.layers.0.weight']['lr'] == 0.25
+    stem = of['backbone.downsample_layers.0.conv.weight']
+    assert stem['lr'] == 1.0 and stem['weight_decay'] == 0.1
+    assert of['head.predictor.query_feat.weight']['weight_decay'] == 0
+
+
 def test_only_the_tasks_asked_for():
     with torch.no_grad():
         assert small(tasks=('semantic',)).eval().predict(maps(1), [(64, 96)])[0].keys() == {'mask'}
@@ -317,6 +331,7 @@ ERRORS = [
     (lambda: small(num_levels=5), 'needs three maps or more and num_levels of them, got 4 maps, num_levels=5'),
     (lambda: small(important=2), r'important in \[0, 1\], got loss_points=50, oversample=3.0, important=2'),
     (lambda: small(sub_pixel=3), 'sub_pixel must be a divisor of the first stride 4, got 3'),
+    (lambda: small(lr_scale=0), 'lr_scale must be positive, got 0'),
     (lambda: small(num_queries=0), 'num_queries must be at least 1, got 0'),
     (lambda: small(score_threshold=3), r'score_threshold must be in \[0, 1\], got 3'),
     (lambda: small().loss(maps(1), [target(stuff=7)]), r'class ids must be 0\.\.4, or 255 in mask, got 7'),
