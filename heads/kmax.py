@@ -193,7 +193,11 @@ class KMaXDeepLab(UniversalHead):
         padded = self.inputs.padded_size(features)
         sizes = [tuple(target['mask'].shape) for target in targets]
         segments = self.gather(targets, padded, ['panoptic'] * len(targets))
-        start = 0 if self.reader.aligned(padded, sizes) else stride // 2
+        # Cells stand for every s-th pixel from the first where corners are aligned, else for the middle of s pixels.
+        aligned = self.reader.align_corners
+        if aligned is None:
+            aligned = max(width for _, width in sizes) == padded[1] - stride + 1
+        start = 0 if aligned else stride // 2
         at = (..., slice(start, None, stride), slice(start, None, stride))
         masks = segments.masks[at]
         lost = segments.masks.flatten(2).any(2) & ~masks.flatten(2).any(2)  # thinner than the stride

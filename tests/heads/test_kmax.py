@@ -272,7 +272,14 @@ def test_aligned_pictures_are_sampled_and_enlarged_at_their_corners():
     enlarged = head.reader.enlarge(masks, [size])
     assert enlarged.shape[-2:] == size
     torch.testing.assert_close(enlarged[0, 0, :, 0], torch.arange(65.0) / 4)
-    assert head.reader.enlarge(masks, [(68, 100)]).shape[-2:] == (68, 100)
+    middle = head.reader.enlarge(masks, [(68, 100)])
+    assert middle.shape[-2:] == (68, 100) and middle[0, 0, 1, 0] == 0  # the first cell's middle is at 1.5 pixels
+    # Only the width is that of aligned corners: all rows of the picture are there.
+    assert head.reader.enlarge(masks, [(68, 97)]).shape[-2:] == (68, 97)
+    with torch.no_grad():
+        result = head.eval().predict(maps(1, (68, 97)), [(68, 97)])[0]
+    assert result['mask'].shape == result['panoptic'].shape == (68, 97)
+    assert small(align_corners=False).reader.enlarge(masks, [size]).shape[-2:] == (68, 100)
 
 
 def test_a_segment_between_the_samples_keeps_its_cell():
