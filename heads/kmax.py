@@ -146,20 +146,21 @@ class KMaXDeepLab(UniversalHead):
     def loss(self, features: Sequence[Tensor], targets: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """'loss_class', 'loss_mask', 'loss_dice', 'loss_pixel' of the last prediction, the same ending in '_aux' summed
         over the layers before, and 'loss_semantic' of the auxiliary branch."""
-        predictions = [Prediction(*map(full_precision, p)) for p in self.predictions(features)]
-        *layers, last = predictions
-        size = last.masks.shape[-2:]
-        segments, labels = self._sampled(targets, features)
-        truth = kmax_loss.match(last, segments)
-        losses = {f'loss_{name}': value for name, value in self._terms(last, truth).items()}
-        for layer in layers:
-            layer = self.predictor.resized(layer, size)
-            if not self.share_matching:
-                truth = kmax_loss.match(layer, segments)
-            for name, value in self._terms(layer, truth).items():
-                losses[f'loss_{name}_aux'] = losses.get(f'loss_{name}_aux', 0) + value
-        if self.auxiliary_semantic_predictor is not None:
-            losses['loss_semantic'] = self.semantic_weight * self._semantic_loss(features, labels, truth)
+        predictions = self.predictions(features)
+        semantic = self._semantic(features)
+        with torch.autocast(predictions[-1].masks.device.type, enabled=False):
+            *layers, last = (Prediction(*map(full_precision, p)) for p in predictions)
+            segments, labels = self._sampled(targets, features)
+            final = truth = kmax_loss.match(last, segments)
+            losses = {f'loss_{name}': value for name, value in self._terms(last, final).items()}
+            for layer in layers:
+                layer = self.predictor.resized(layer, last.masks.shape[-2:])
+                if not self.share_matching:
+                    truth = kmax_loss.match(layer, segments)
+                for name, value in self._terms(layer, truth).items():
+                    losses[f'loss_{name}_aux'] = losses.get(f'loss_{name}_aux', 0) + value
+            if semantic is not None:
+                losses['loss_semantic'] = self.semantic_weight * self._semantic_loss(semantic, labels, final)
         return losses
 
     def _terms(self, prediction: Prediction, truth: kmax_loss.Truth) -> dict[str, Tensor]:
@@ -172,19 +173,19 @@ class KMaXDeepLab(UniversalHead):
         }
         return {name: self.weights[name] * value for name, value in terms.items()}
 
-    def _semantic_loss(self, features: Sequence[Tensor], labels: Tensor, truth: kmax_loss.Truth) -> Tensor:
-        assert self.auxiliary_semantic_predictor is not None
-        if self.auxiliary == 'decoder':
-            logits = self.auxiliary_semantic_predictor(features[-1], features[-3], features[-4])
-        else:
-            logits = self.auxiliary_semantic_predictor(features[-1])
+    def _semantic(self, features: Sequence[Tensor]) -> Tensor | None:
+        """Logits of the auxiliary branch."""
+        if self.auxiliary_semantic_predictor is None:
+            return None
+        maps = (features[-1], features[-3], features[-4]) if self.auxiliary == 'decoder' else features[-1:]
+        return full_precision(self.auxiliary_semantic_predictor(*maps))
+
+    def _semantic_loss(self, logits: Tensor, labels: Tensor, truth: kmax_loss.Truth) -> Tensor:
         samples = self.semantic_samples
         if logits.shape[-2:] != labels.shape[-2:]:
             labels = F.interpolate(labels[:, None].float(), size=logits.shape[-2:], mode='nearest')[:, 0].long()
             samples = 0
-        return kmax_loss.semantic_loss(
-            full_precision(logits), labels, truth, num_classes=self.num_classes, samples=samples
-        )
+        return kmax_loss.semantic_loss(logits, labels, truth, num_classes=self.num_classes, samples=samples)
 
     def _sampled(self, targets: Sequence[Mapping[str, Any]], features: Sequence[Tensor]) -> tuple[Segments, Tensor]:
         """Segments and semantic labels (B, h, w) at the pixels that the finest map's cells stand for."""
@@ -192,7 +193,11 @@ class KMaXDeepLab(UniversalHead):
         padded = self.inputs.padded_size(features)
         sizes = [tuple(target['mask'].shape) for target in targets]
         segments = self.gather(targets, padded, ['panoptic'] * len(targets))
-        start = 0 if self.reader.aligned(padded, sizes) else stride // 2
+        # Cells stand for every s-th pixel from the first where corners are aligned, else for the middle of s pixels.
+        aligned = self.reader.align_corners
+        if aligned is None:
+            aligned = max(width for _, width in sizes) == padded[1] - stride + 1
+        start = 0 if aligned else stride // 2
         at = (..., slice(start, None, stride), slice(start, None, stride))
         masks = segments.masks[at]
         lost = segments.masks.flatten(2).any(2) & ~masks.flatten(2).any(2)  # thinner than the stride

@@ -16,6 +16,7 @@ from timm.layers import DropPath, trunc_normal_tf_
 from torch import Tensor, nn
 
 from .kmax_pixel_decoder import ConvNorm, batch_norm, corners
+from .pyramid import positive
 from .universal import full_precision
 
 # B batch, C channels, H W size of a map, Q queries, K classes, h heads, d head width
@@ -162,7 +163,7 @@ class KMaXDecoder(nn.Module):
             for channels, depth in zip(coarse_first, depths)
             for _ in range(depth)
         )
-        self.cluster_centers = nn.Embedding(QUERY_WIDTH, num_queries)
+        self.cluster_centers = nn.Embedding(QUERY_WIDTH, positive('num_queries', num_queries))
         trunc_normal_tf_(self.cluster_centers.weight, std=1.0)
         self.class_embedding_projection = ConvNorm(QUERY_WIDTH, QUERY_WIDTH, axes=1, act=True)
         self.mask_embedding_projection = ConvNorm(QUERY_WIDTH, QUERY_WIDTH, axes=1, act=True)

@@ -42,6 +42,7 @@ class MaskHead(UniversalHead):
         overlap_threshold: float,
         detections: int,
         sub_pixel: int,
+        lr_scale: float,
     ):
         super().__init__(
             feature_info=feature_info,
@@ -61,8 +62,15 @@ class MaskHead(UniversalHead):
                 f'loss_points and oversample must be at least 1 and important in [0, 1], got '
                 f'loss_points={points.number}, oversample={points.oversample}, important={points.important}'
             )
+        if lr_scale <= 0:
+            raise ValueError(f'lr_scale must be positive, got {lr_scale}')
         self.weights = weights
         self.points = points
+        self.lr_scale = lr_scale
+
+    def lr_scales(self) -> dict[str, float]:
+        """The head's factor of the learning rate."""
+        return {} if self.lr_scale == 1 else {'*': self.lr_scale}
 
     def no_weight_decay(self) -> set[str]:
         """Tables of queries, levels and tokens, as published."""
@@ -75,19 +83,26 @@ class MaskHead(UniversalHead):
             classes: L times (B, Q, K + 1) logits.
             masks: L times (B, Q, h, w) logits.
         """
-        class_logits, mask_logits = full_precision(torch.stack(list(classes))), full_precision(torch.stack(list(masks)))
-        points = torch.rand(len(segments.counts), self.points.number, 2, device=mask_logits.device)
-        matched = mask_loss.match(class_logits, mask_logits, segments, points.to(mask_logits.dtype), self.weights)
-        total = mask_loss.average_total(sum(segments.counts), mask_logits.device)
+        with torch.autocast(masks[-1].device.type, enabled=False):
+            return self._set_losses(
+                full_precision(torch.stack(list(classes))), full_precision(torch.stack(list(masks))), segments
+            )
+
+    def _set_losses(self, classes: Tensor, masks: Tensor, segments: Segments) -> dict[str, Tensor]:
+        weights = self.weights
+        # More points than cells would tell nothing more.
+        how = self.points._replace(number=min(self.points.number, masks.shape[-2] * masks.shape[-1]))
+        points = torch.rand(len(segments.counts), how.number, 2, device=masks.device, dtype=masks.dtype)
+        matched = mask_loss.match(classes, masks, segments, points, weights)
+        total = mask_loss.average_total(sum(segments.counts), masks.device)
         if any(segments.counts):
-            entropy, dice = mask_loss.mask_losses(mask_logits, matched, segments, total, self.points)
+            entropy, dice = mask_loss.mask_losses(masks, matched, segments, total, how)
         else:
-            entropy = dice = mask_logits.flatten(1).sum(1) * 0  # every parameter keeps a gradient
+            entropy = dice = masks.flatten(1).sum(1) * 0  # every parameter keeps a gradient
         terms = {
-            'loss_class': self.weights.classes
-            * mask_loss.class_losses(class_logits, matched, segments, self.weights.no_object),
-            'loss_mask': self.weights.mask * entropy,
-            'loss_dice': self.weights.dice * dice,
+            'loss_class': weights.classes * mask_loss.class_losses(classes, matched, segments, weights.no_object),
+            'loss_mask': weights.mask * entropy,
+            'loss_dice': weights.dice * dice,
         }
         return {
             **{name: value[-1] for name, value in terms.items()},
@@ -110,7 +125,8 @@ class Mask2Former(MaskHead):
         dropout, sub_pixel: of the pixel decoder; masks are sub_pixel times finer than the first map.
         pre_norm, project: see MaskedDecoder.
         class_weight, mask_weight, dice_weight, no_object: of the losses and the matching.
-        loss_points, oversample, important: points per mask, see mask_loss.Points.
+        loss_points, oversample, important: points per mask, see mask_loss.Points; at most as many as a mask has cells.
+        lr_scale: factor of the head's learning rate: attention bears less than a backbone of batch norms.
         score_threshold, overlap_threshold, detections: decoding.
     """
 
@@ -142,6 +158,7 @@ class Mask2Former(MaskHead):
         loss_points: int = 12544,
         oversample: float = 3.0,
         important: float = 0.75,
+        lr_scale: float = 1.0,
         tasks: Sequence[str] = ('panoptic', 'instance', 'semantic'),
         score_threshold: float = 0.8,
         overlap_threshold: float = 0.8,
@@ -158,6 +175,7 @@ class Mask2Former(MaskHead):
             overlap_threshold=overlap_threshold,
             detections=detections,
             sub_pixel=sub_pixel,
+            lr_scale=lr_scale,
         )
         self.kind = choose('kind', kind, KINDS)
         self.pixel_decoder = DeformablePixelDecoder(

@@ -130,6 +130,10 @@ class MaskedDecoder(nn.Module):
         self.input_proj = nn.ModuleList(
             nn.Conv2d(channels, channels, 1) if project else nn.Identity() for _ in range(3)
         )
+        for part in self.input_proj:
+            if isinstance(part, nn.Conv2d):
+                nn.init.kaiming_uniform_(part.weight, a=1)
+                nn.init.zeros_(part.get_parameter('bias'))
         self.class_embed = nn.Linear(channels, num_classes + 1)
         self.mask_embed = MLP(in_channels=channels, channels=channels, out_channels=mask_channels, depth=3)
 

@@ -26,7 +26,7 @@ from .pyramid import FeatureInfo
 from .segments import KINDS
 from .text import TextTransformer, Tokenizer, contrastive_loss
 from .transformer import MLP, DecoderLayer, sine_positions
-from .universal import Segments
+from .universal import Segments, full_precision
 
 # B batch, Q queries, C width, K classes, T tasks, L predictions of the decoder, h w size of the finest map
 
@@ -111,6 +111,7 @@ class OneFormer(MaskHead):
         task_scale: factor of the token ids that the task's MLP reads (1 as published: raw ids).
         class_weight, mask_weight, dice_weight, no_object, loss_points, oversample, important: see Mask2Former.
         contrast_weight, temperature: of the query-text contrast.
+        lr_scale: see Mask2Former.
         score_threshold, overlap_threshold, detections: decoding.
     """
 
@@ -151,6 +152,7 @@ class OneFormer(MaskHead):
         important: float = 0.75,
         contrast_weight: float = 0.5,
         temperature: float = 0.07,
+        lr_scale: float = 1.0,
         tasks: Sequence[str] = ('panoptic', 'instance', 'semantic'),
         score_threshold: float = 0.8,
         overlap_threshold: float = 0.8,
@@ -167,6 +169,7 @@ class OneFormer(MaskHead):
             overlap_threshold=overlap_threshold,
             detections=detections,
             sub_pixel=sub_pixel,
+            lr_scale=lr_scale,
         )
         if not 0 <= context < num_queries:
             raise ValueError(f'context must be fewer than num_queries={num_queries}, got {context}')
@@ -236,7 +239,9 @@ class OneFormer(MaskHead):
         segments = self.gather(targets, self.inputs.padded_size(features), kinds)
         classes, masks, queries = self.decode(self.pixel_decoder(features), self.task(kinds))
         losses = self.set_losses(classes, masks, segments)
-        contrast = contrastive_loss(queries.float(), self.texts(segments, kinds).float(), self.logit_scale)
+        texts = self.texts(segments, kinds)
+        with torch.autocast(queries.device.type, enabled=False):
+            contrast = contrastive_loss(full_precision(queries), full_precision(texts), self.logit_scale)
         losses['loss_contrast'] = self.contrast_weight * contrast
         return losses
 

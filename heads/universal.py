@@ -39,7 +39,7 @@ class Reader(NamedTuple):
     mask_threshold: probability from which on a pixel belongs to an instance.
     score_threshold, stuff_threshold: class probability that the panoptic map asks for; that of stuff in 'order' alone.
     overlap_threshold, detections: see UniversalHead.
-    align_corners: of the enlargement; None: where a batch is as wide as the maps of 32 k + 1 pixels are.
+    align_corners: of the enlargement; None: of batches of odd width, as kMaX-DeepLab's of 32 k + 1 pixels.
     """
 
     rule: str
@@ -86,19 +86,16 @@ class Reader(NamedTuple):
             return [(self.tasks, classes, masks)]
         return [([task], *answer) for task, answer in zip(self.tasks, zip(classes, masks), strict=True)]
 
-    def aligned(self, padded: Size, sizes: Sequence[Sequence[int]]) -> bool:
-        """Whether corners are aligned: as said, else by the width of the widest picture."""
-        if self.align_corners is not None:
-            return self.align_corners
-        return max(width for _, width in sizes) == padded[1] - self.stride + 1
-
     def enlarge(self, masks: Tensor, sizes: Sequence[Size]) -> Tensor:
-        """Mask logits (B, Q, h, w) at the size of the pictures."""
-        padded = (masks.shape[-2] * self.stride, masks.shape[-1] * self.stride)
-        aligned = self.aligned(padded, sizes)
-        if aligned:
-            padded = (padded[0] - self.stride + 1, padded[1] - self.stride + 1)
-        return F.interpolate(full_precision(masks), size=padded, mode='bilinear', align_corners=aligned)
+        """Mask logits (B, Q, h, w) at the size of the batch."""
+        size = [side * self.stride for side in masks.shape[-2:]]
+        aligned = bool(self.align_corners)
+        if self.align_corners is not False:
+            # The batch may be smaller than its maps' cells: 97 pixels have as many as 100.
+            largest = [max(sides) for sides in zip(*sizes)]
+            size = [seen if side - self.stride < seen <= side else side for seen, side in zip(largest, size)]
+            aligned = self.align_corners or size[1] % 2 == 1
+        return F.interpolate(full_precision(masks), size=size, mode='bilinear', align_corners=aligned)
 
     def _read(self, task: str, classes: Tensor, masks: Tensor) -> dict[str, Tensor]:
         if task == 'semantic':

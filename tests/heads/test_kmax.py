@@ -224,6 +224,16 @@ def test_one_picture_trains():
     assert all(torch.isfinite(value) for value in losses.values())
 
 
+def test_matching_of_each_layer():
+    torch.manual_seed(0)
+    shared = small().eval().loss(maps(), HARD['objects'])
+    torch.manual_seed(0)
+    own = small(share_matching=False).eval().loss(maps(), HARD['objects'])
+    assert own['loss_mask_aux'] != shared['loss_mask_aux']
+    for key in ('loss_class', 'loss_mask', 'loss_dice'):  # those of the last prediction are the same
+        torch.testing.assert_close(own[key], shared[key])
+
+
 def test_order_of_objects_does_not_matter():
     head, objects = small().eval(), [(0, 4, 4, 30, 40), (1, 20, 50, 60, 90), (0, 40, 0, 60, 20)]
     one = head.loss(maps(1), [target(*objects)])
@@ -262,7 +272,30 @@ def test_aligned_pictures_are_sampled_and_enlarged_at_their_corners():
     enlarged = head.reader.enlarge(masks, [size])
     assert enlarged.shape[-2:] == size
     torch.testing.assert_close(enlarged[0, 0, :, 0], torch.arange(65.0) / 4)
-    assert head.reader.enlarge(masks, [(68, 100)]).shape[-2:] == (68, 100)
+    middle = head.reader.enlarge(masks, [(68, 100)])
+    assert middle.shape[-2:] == (68, 100) and middle[0, 0, 1, 0] == 0  # the first cell's middle is at 1.5 pixels
+    # Only the width is that of aligned corners: all rows of the picture are there.
+    assert head.reader.enlarge(masks, [(68, 97)]).shape[-2:] == (68, 97)
+    with torch.no_grad():
+        result = head.eval().predict(maps(1, (68, 97)), [(68, 97)])[0]
+    assert result['mask'].shape == result['panoptic'].shape == (68, 97)
+    assert small(align_corners=False).reader.enlarge(masks, [size]).shape[-2:] == (68, 100)
+
+
+def test_a_segment_between_the_samples_keeps_its_cell():
+    segments, _ = small()._sampled([target((0, 5, 9, 6, 10), (1, 30, 40, 60, 90))], maps(1))
+    assert segments.masks[0, 0].nonzero().tolist() == [[1, 2]]
+    assert segments.masks[0, 1].sum() == 8 * 12  # of the others every fourth pixel
+
+
+def test_void_pixels_are_drawn_last():
+    head = small()
+    segments, _ = head._sampled([target((0, 4, 4, 30, 40), stuff=255)], maps(1))
+    truth = kmax_loss.match(head.predictions(maps(1))[-1], segments)
+    known = int((~truth.void).sum())
+    drawn = kmax_loss.draw(truth, known + 5, 1.5)[0]
+    assert known > 20 and len(drawn.unique()) == known + 5
+    assert not truth.void[0, drawn[:known]].any() and truth.void[0, drawn[known:]].all()
 
 
 def test_distances_beyond_the_table_take_its_ends():
@@ -271,7 +304,20 @@ def test_distances_beyond_the_table_take_its_ends():
     assert torch.equal(attention.query_rpe(300)[0, 254], attention.query_rpe(300)[0, 299])
 
 
+def test_losses_are_float32_under_autocast():
+    head = small()
+    with torch.autocast('cpu', torch.bfloat16):
+        losses = head.loss(maps(), HARD['objects'])
+    assert {value.dtype for value in losses.values()} == {torch.float32}
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in head.parameters())
+
+
 ERRORS = [
+    (
+        lambda: KMaXDeepLab(feature_info=SMALL, num_classes=5, things=2, num_queries=0),
+        'num_queries must be at least 1, got 0',
+    ),
     (lambda: small(kinds=('axial', 'axil', 'axial', 'axial')), "kinds must be one of .* did you mean 'axial'"),
     (lambda: small(auxiliary='decode'), "auxiliary must be one of .* did you mean 'decoder'"),
     (

@@ -5,14 +5,18 @@ import probe
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_tasks import SMALL as TINY
 from torch.export import Dim, export
 
+from densezoo.backbones import create_model
 from densezoo.heads import Mask2Former, PyramidInfo, mask_loss
 from densezoo.heads.mask2former import convert
 from densezoo.heads.mask2former_decoder import Attention, where_to_look
 from densezoo.heads.mask2former_pixel_decoder import centres
 from densezoo.heads.mask_loss import Points
 from densezoo.heads.universal import Segments, instances, panoptic_by_argmax, semantic_map
+from densezoo.train import UniversalSegmentor
+from densezoo.train.optim import parameter_groups
 
 INPUTS = PyramidInfo([64, 128, 320, 512], [4, 8, 16, 32])
 SMALL = PyramidInfo([8, 12, 16, 24], [4, 8, 16, 32])
@@ -207,6 +211,20 @@ def test_order_of_objects_does_not_matter():
     torch.testing.assert_close(*seen)
 
 
+def test_segments_without_a_query_cost_nothing():
+    torch.manual_seed(0)
+    classes, masks, points = torch.randn(1, 1, 1, 6), torch.randn(1, 1, 1, 16, 24), torch.rand(1, 100, 2)
+    head = small()
+    both = head.gather([target((0, 4, 4, 30, 40), (1, 20, 50, 60, 90))], (64, 96), ['instance'])
+    matched = mask_loss.match(classes, masks, both, points)
+    kept = int(matched)
+    one = Segments(both.labels[:, kept : kept + 1], both.masks[:, kept : kept + 1], [1])
+    total = torch.tensor(2.0)
+    ours = mask_loss.mask_losses(masks, matched, both, total, Points(), points.expand(2, -1, -1))
+    alone = mask_loss.mask_losses(masks, torch.zeros_like(matched), one, total, Points(), points)
+    torch.testing.assert_close(ours, alone)
+
+
 def test_batch_equals_singles_and_results_fit():
     head, features = small(overlap_threshold=0.0).eval().double(), [f.double() for f in maps()]
     sizes, originals = [(64, 96), (50, 70)], [(128, 192), (25, 33)]
@@ -231,6 +249,16 @@ def test_finer_masks():
         assert head(maps())[1].shape == (2, 6, 32, 48)
         assert head.predict(maps(1), [(60, 96)])[0]['mask'].shape == (60, 96)
     assert all(torch.isfinite(value) for value in head.train().loss(maps(), HARD['one pixel']).values())
+
+
+def test_rates_and_decay_of_parameters():
+    task = UniversalSegmentor(backbone=create_model(features_only=True, **TINY), head=small(lr_scale=0.25))
+    groups = parameter_groups(task, lr=1.0, weight_decay=0.1)
+    of = {name: group for group in groups for name in group['names']}
+    assert of['head.predictor.mask_embed.layers.0.weight']['lr'] == 0.25
+    stem = of['backbone.downsample_layers.0.conv.weight']
+    assert stem['lr'] == 1.0 and stem['weight_decay'] == 0.1
+    assert of['head.predictor.query_feat.weight']['weight_decay'] == 0
 
 
 def test_only_the_tasks_asked_for():
@@ -287,6 +315,15 @@ def test_exported_equals_eager():
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_losses_are_float32_under_autocast():
+    head = small()
+    with torch.autocast('cpu', torch.bfloat16):
+        losses = head.loss(maps(), HARD['objects'])
+    assert {value.dtype for value in losses.values()} == {torch.float32}
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in head.parameters())
+
+
 ERRORS = [
     (lambda: small(kind='semantics'), "kind must be one of .* did you mean 'semantic'"),
     (lambda: small(channels=18), 'channels must be a multiple of 4'),
@@ -294,6 +331,7 @@ ERRORS = [
     (lambda: small(num_levels=5), 'needs three maps or more and num_levels of them, got 4 maps, num_levels=5'),
     (lambda: small(important=2), r'important in \[0, 1\], got loss_points=50, oversample=3.0, important=2'),
     (lambda: small(sub_pixel=3), 'sub_pixel must be a divisor of the first stride 4, got 3'),
+    (lambda: small(lr_scale=0), 'lr_scale must be positive, got 0'),
     (lambda: small(num_queries=0), 'num_queries must be at least 1, got 0'),
     (lambda: small(score_threshold=3), r'score_threshold must be in \[0, 1\], got 3'),
     (lambda: small().loss(maps(1), [target(stuff=7)]), r'class ids must be 0\.\.4, or 255 in mask, got 7'),

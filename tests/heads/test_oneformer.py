@@ -218,6 +218,15 @@ def test_each_task_is_answered_by_its_own_run():
                     torch.testing.assert_close(result[key], both[key])
 
 
+def test_losses_are_float32_under_autocast():
+    head = small()
+    with torch.autocast('cpu', torch.bfloat16):
+        losses = head.loss(maps(), HARD['objects'])
+    assert {value.dtype for value in losses.values()} == {torch.float32}
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in head.parameters())
+
+
 ERRORS = [
     (lambda: small(context=8), 'context must be fewer than num_queries=8, got 8'),
     (lambda: small(text_channels=80), 'must be a multiple of 64, got 80'),

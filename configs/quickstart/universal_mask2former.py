@@ -1,0 +1,28 @@
+"""quickstart/universal with Mask2Former: one answer, read as all three tasks."""
+
+from mmengine.config import read_base
+
+from densezoo.heads import Mask2Former
+
+with read_base():
+    from .universal import *
+
+model['head'] = dict(
+    type=Mask2Former,
+    num_classes=11,
+    things=(1, 2, 3, 4, 5, 6, 7, 8, 9, 10),
+    num_queries=20,
+    channels=64,
+    mask_channels=64,
+    encoder_layers=1,
+    encoder_hidden=128,
+    decoder_layers=3,
+    hidden=128,
+    num_heads=4,
+    sub_pixel=2,
+    loss_points=576,
+    lr_scale=0.25,
+    score_threshold=0.5,
+    overlap_threshold=0.5,
+    detections=20,
+)
