@@ -364,9 +364,9 @@ class MAT(nn.Module):
         padded = F.pad(images, (0, full[1] - width, 0, full[0] - height))
         mask = (padded[:, -1:] > 0.5).to(images.dtype)
         if self.training or self.draw:
-            codes = self.mapping(torch.randn(len(images), self.z_dim, device=images.device, dtype=images.dtype))
+            codes = self.mapping(torch.randn(images.shape[0], self.z_dim, device=images.device, dtype=images.dtype))
         else:
-            codes = self.mapping.w_avg.to(images.dtype).expand(len(images), self.mapping.count, -1)
+            codes = self.mapping.w_avg.to(images.dtype).expand(images.shape[0], self.mapping.count, -1)
         filled = self.synthesis(padded[:, :-1] * 2 - 1, mask, codes)
         filled = (filled[..., :height, :width] + 1) / 2
         known = mask[..., :height, :width]

@@ -79,9 +79,7 @@ def test_holes_are_compared_with_a_simple_filling():
     measured = metric.measure(image, {'clean': clean}, {'image': clean})
     # on a ramp the filling is good, the hole itself is not
     assert measured['telea'][0] > measured['input'][0] + 10 and len(measured['blur']) > 1
-    with pytest.raises(
-        ValueError, match=r"baseline 'telea' needs images whose last channel is a mask, got"
-    ):
+    with pytest.raises(ValueError, match=r"baseline 'telea' needs images whose last channel is a mask, got"):
         metric.measure(image[:3] * 0.9, {'clean': clean}, {'image': clean})
     panels = draw(image, {'image': clean}, {'clean': clean, 'original_size': (30, 40)})
     assert panels.dtype == np.uint8 and panels.shape[2] == 3
