@@ -4,7 +4,7 @@ exporters stumble over. Engines are built for real, by NVIDIA's compiler."""
 import pytest
 import torch
 
-from densezoo.deploy import OnnxModel, build_engine, export_onnx
+from densezoo.deploy import OnnxModel, build_engine, export_onnx, export_program
 from densezoo.deploy.onnx import count_operators
 from densezoo.heads import MAT, TAT, Histoformer, OwnRestorer, Restormer
 from densezoo.train import Preprocess, Restorer
@@ -58,6 +58,13 @@ def test_histoformer_sorts_too_much_for_an_engine(tmp_path):
     path = export_onnx(model, torch.rand(2, 3, 64, 64), tmp_path / 'task.onnx', outputs=model.outputs)
     with pytest.raises(RuntimeError, match=r'3840|TopK|topk'):
         build_engine(path, tmp_path / 'task.engine', batch=(1, 2, 4))
+
+
+@pytest.mark.parametrize('name', ['tat', 'mat'])
+def test_laid_out_networks_say_that_they_take_one_size(name):
+    _, model, images = made(name)
+    with pytest.raises(ValueError, match='exports for one picture size alone'):
+        export_program(model.backbone, images, dynamic_size=True, min_size=32)
 
 
 @pytest.mark.slow
