@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .mat_layers import MATLayer, PartialConv, ScaledConv, ScaledLinear, leaky, resampled_conv, smoothing_filter
+from .ushaped import require_static
 
 # B batch, C channels, H W size of the current level, d width of the first stage, s length of a style
 
@@ -359,14 +360,15 @@ class MAT(nn.Module):
                 f'images must be (B, {self.chans + 1}, H, W), the last channel 1 where the picture is known, '
                 f'got {tuple(images.shape)}'
             )
+        require_static('MAT', images)
         height, width = images.shape[-2:]
         full = [(side + self.resolution - 1) // self.resolution * self.resolution for side in (height, width)]
         padded = F.pad(images, (0, full[1] - width, 0, full[0] - height))
         mask = (padded[:, -1:] > 0.5).to(images.dtype)
         if self.training or self.draw:
-            codes = self.mapping(torch.randn(len(images), self.z_dim, device=images.device, dtype=images.dtype))
+            codes = self.mapping(torch.randn(images.shape[0], self.z_dim, device=images.device, dtype=images.dtype))
         else:
-            codes = self.mapping.w_avg.to(images.dtype).expand(len(images), self.mapping.count, -1)
+            codes = self.mapping.w_avg.to(images.dtype).expand(images.shape[0], self.mapping.count, -1)
         filled = self.synthesis(padded[:, :-1] * 2 - 1, mask, codes)
         filled = (filled[..., :height, :width] + 1) / 2
         known = mask[..., :height, :width]

@@ -62,12 +62,14 @@ class RestorationHead(nn.Module):
     def restore(self, features: Any, images: Tensor) -> Tensor:
         """Features and images -> restored pictures (B, in_chans, scale H, scale W), not clamped."""
         self.check(images)
-        picture = images[:, : self.in_chans]
-        restored = enlarge(picture, self.scale) + self(features, images)
+        return self.keep(enlarge(images[:, : self.in_chans], self.scale) + self(features, images), images)
+
+    def keep(self, restored: Tensor, images: Tensor) -> Tensor:
+        """The restored picture with the known pixels as they were."""
         if not self.holes:
             return restored
         known = images[:, self.in_chans :]
-        return picture * known + restored * (1 - known)
+        return images[:, : self.in_chans] * known + restored * (1 - known)
 
     def loss(self, features: Any, images: Tensor, targets: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """{'loss_<name>': scalar, ..., 'psnr': of the batch in dB, logged only}; only pixels inside `clean` count."""
@@ -130,11 +132,15 @@ class OwnRestorer(RestorationHead):
 
     def forward(self, features: Tensor, images: Tensor) -> Tensor:
         """The network's picture, and the images -> what it adds to them."""
+        return self.restore(features, images) - enlarge(images[:, : self.in_chans], self.scale)
+
+    def restore(self, features: Tensor, images: Tensor) -> Tensor:
         self.check(images)
-        wanted = (len(images), self.in_chans, self.scale * images.shape[2], self.scale * images.shape[3])
-        if tuple(features.shape) != wanted:
+        wanted = (images.shape[0], self.in_chans, self.scale * images.shape[2], self.scale * images.shape[3])
+        # a comparison of symbolic sizes would fix them in an exported program
+        if not torch.compiler.is_exporting() and tuple(features.shape) != wanted:
             raise ValueError(f'the network must return pictures {wanted}, got {tuple(features.shape)}')
-        return features - enlarge(images[:, : self.in_chans], self.scale)
+        return self.keep(features, images)
 
 
 class ResidualBlock(nn.Module):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .restormer import channel_attention
-from .ushaped import ChannelNorm, UShaped
+from .ushaped import ChannelNorm, UShaped, require_static
 
 # B batch, C channels, H W size of the current level, h heads
 
@@ -219,6 +219,7 @@ class TAT(UShaped):
         self.tren = KernelNetwork(dim, expansion=expansion)
 
     def restore(self, images: Tensor) -> Tensor:
+        require_static('TAT', images)
         _, (map1, map2, map3), latent = self.encode(images)
         kernels = self.tren(latent)
         x = self.up4_3(adapt(self.latent, latent, kernels['latent']))

@@ -214,6 +214,14 @@ class UShaped(nn.Module):
         return self.restore(mirror(images, STRIDE))[..., : height * self.scale, : width * self.scale]
 
 
+def require_static(name: str, images: Tensor) -> None:
+    """ValueError where a program for any picture size is being exported: windows are laid out for one."""
+    if not all(isinstance(side, int) for side in images.shape[-2:]):
+        raise ValueError(
+            f'{name} exports for one picture size alone (its windows are laid out for it): no dynamic_size'
+        )
+
+
 def mirror(images: Tensor, multiple: int) -> Tensor:
     """Mirrored to the right and below up to the next multiple (the edge pixel, where the picture is too small)."""
     for dim in (-2, -1):

@@ -54,6 +54,8 @@ def run_tiles(
     side = min(tile, height), min(tile, width)
     tops, lefts = (_starts(length, part, overlap) for length, part in ((height, side[0]), (width, side[1])))
     total = weights = None
+    rows: dict[int, Tensor] = {}
+    columns: dict[int, Tensor] = {}
     for group in _groups([(b, top, left) for b in range(len(images)) for top in tops for left in lefts], batch):
         crops = [images[b, :, top : top + side[0], left : left + side[1]] for b, top, left in group]
         out = function(torch.stack(crops)).to(images.device)
@@ -65,8 +67,8 @@ def run_tiles(
         if total is None or weights is None:
             total = out.new_zeros(len(images), out.shape[1], scale * height, scale * width)
             weights = out.new_zeros(len(images), 1, scale * height, scale * width)
-        rows, columns = ({start: _weight(start, part, length, overlap, scale).to(out) for start in starts} for
-                         starts, part, length in ((tops, side[0], height), (lefts, side[1], width)))  # fmt: skip
+            rows = {top: _weight(top, side[0], height, overlap, scale).to(out) for top in tops}
+            columns = {left: _weight(left, side[1], width, overlap, scale).to(out) for left in lefts}
         for (b, top, left), result in zip(group, out, strict=True):
             weight = rows[top][:, None] * columns[left]
             place = slice(scale * top, scale * (top + side[0])), slice(scale * left, scale * (left + side[1]))

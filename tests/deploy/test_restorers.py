@@ -4,7 +4,7 @@ exporters stumble over. Engines are built for real, by NVIDIA's compiler."""
 import pytest
 import torch
 
-from densezoo.deploy import OnnxModel, build_engine, export_onnx
+from densezoo.deploy import OnnxModel, build_engine, export_onnx, export_program
 from densezoo.deploy.onnx import count_operators
 from densezoo.heads import MAT, TAT, Histoformer, OwnRestorer, Restormer
 from densezoo.train import Preprocess, Restorer
@@ -33,7 +33,9 @@ def made(name):
     return task, Deployable(task).eval(), images
 
 
-@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize(
+    'name', [pytest.param(name, marks=pytest.mark.slow if name in ('mat', 'restormer_x2') else ()) for name in NETWORKS]
+)
 def test_networks_deploy(name, tmp_path):
     task, model, images = made(name)
     path = export_onnx(model, images, tmp_path / 'task.onnx', outputs=model.outputs, metadata=metadata(task))
@@ -49,6 +51,7 @@ def test_networks_deploy(name, tmp_path):
     assert build_engine(path, tmp_path / 'task.engine', batch=(1, 2, 4))['layers'] > 10
 
 
+@pytest.mark.slow
 def test_histoformer_sorts_too_much_for_an_engine(tmp_path):
     """Why its engines take tiles of at most 3840 pixels; if this fails the limit is gone and the docs are old."""
     _, model, _ = made('histoformer')
@@ -57,6 +60,14 @@ def test_histoformer_sorts_too_much_for_an_engine(tmp_path):
         build_engine(path, tmp_path / 'task.engine', batch=(1, 2, 4))
 
 
+@pytest.mark.parametrize('name', ['tat', 'mat'])
+def test_laid_out_networks_say_that_they_take_one_size(name):
+    _, model, images = made(name)
+    with pytest.raises(ValueError, match='exports for one picture size alone'):
+        export_program(model.backbone, images, dynamic_size=True, min_size=32)
+
+
+@pytest.mark.slow
 def test_sizes_stay_dynamic(tmp_path):
     torch.manual_seed(0)
     model = Restormer(**Restormer.reduced).eval()
