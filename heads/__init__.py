@@ -3,8 +3,8 @@
 Every head is built with keyword arguments from `feature_info` (channels and strides) and has `forward(features)` (plain
 tensors), `loss(features, targets)` (a dict of scalars; keys that start with `loss_` are summed) and
 `predict(features, sizes, original_sizes)` (one dict per picture). A head for the loss alone (SBCB) predicts nothing.
-`predict(features, sizes, original_sizes)` (one dict per picture). Restormer, Histoformer, TAT and MAT are whole
-networks from picture to picture, which the task Restorer takes in the backbone's place, with OwnRestorer as the head.
+Restormer, Histoformer, TAT and MAT are whole networks from picture to picture, which the task Restorer takes in the
+backbone's place, with OwnRestorer as the head.
 """
 
 from .atss import ATSS

@@ -11,6 +11,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 
 from densezoo.backbones import create_model
+from densezoo.backbones.reduction import report
 from densezoo.backbones.registry import model_class
 from densezoo.train.config import check_arguments, config_names, find_config, load_config
 
