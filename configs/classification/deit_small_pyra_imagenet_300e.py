@@ -1,4 +1,4 @@
-"""DeiT-S with PYRA: each block merges an eighth of its patches, re-activated, with adapters of queries, keys and values."""
+"""DeiT-S with PYRA: each block merges an eighth of its patches, re-activated; adapters of queries, keys and values."""
 
 from mmengine.config import read_base
 
