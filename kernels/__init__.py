@@ -12,7 +12,7 @@ from .pool_mixer import pool_mixer
 from .sparse_window import sparse_window_attention
 from .token_fusion import Fusion, fuse_by_scores, fusion_scores
 from .token_merge import Matching, match_every_kth, match_tokens, merge_source, token_merge, token_unmerge
-from .token_places import falling, sum_to_places, take_places
+from .token_places import falling, mean_to_places, sum_to_places, take_places
 from .window_attention import window_attention
 from .windows import Sets, Windows, build_windows, rotated_sets
 
@@ -34,6 +34,7 @@ __all__ = [
     'long_convolution',
     'match_every_kth',
     'match_tokens',
+    'mean_to_places',
     'merge_source',
     'neighborhood_attention',
     'pool_mixer',

@@ -23,10 +23,22 @@ from .token_places import falling, rising
 
 
 class Fusion(NamedTuple):
-    """Where tokens go: place (B, N) int64, from 0 to left - 1."""
+    """Where N tokens go, of which M are left.
+
+    Attributes:
+        place: (B, N) int64, from 0 to M - 1.
+        kept: (B, M) int64, the token that stays at each place.
+        moved: (B, N - M) int64, the others.
+    """
 
     place: Tensor
-    left: int
+    kept: Tensor
+    moved: Tensor
+
+    @property
+    def left(self) -> int:
+        """M."""
+        return self.kept.shape[1]
 
 
 def fusion_scores(
@@ -89,14 +101,19 @@ def fuse_by_scores(scores: Tensor, r: int, *, class_token: bool, both_ways: bool
         best_b, partner_b = remaining.max(1)
         order_b = falling(best_b)
         second = r - first
-        place_b = torch.zeros_like(partner_b).scatter(1, order_b[:, second:], kept + places[:, : in_b - second])
-        moved = order_b[:, :second]
-        place_b = place_b.scatter(1, moved, place_a.gather(1, partner_b.gather(1, moved)))
+        stay_b, moved_b = order_b[:, second:], order_b[:, :second]
+        place_b = torch.zeros_like(partner_b).scatter(1, stay_b, kept + places[:, : in_b - second])
+        place_b = place_b.scatter(1, moved_b, place_a.gather(1, partner_b.gather(1, moved_b)))
     else:
         place_b = kept + places[:, :in_b]
+        stay_b, moved_b = places[:, :in_b], places[:, :0]
     place_a = place_a.scatter(1, source, place_b.gather(1, partner.gather(1, source)))
     pairs = torch.stack((place_a[:, :in_b], place_b), 2).flatten(1)
-    return Fusion(torch.cat((pairs, place_a[:, in_b:]), 1), in_a + in_b - r)
+    return Fusion(
+        torch.cat((pairs, place_a[:, in_b:]), 1),
+        torch.cat((2 * stay, 2 * stay_b + 1), 1),
+        torch.cat((2 * source, 2 * moved_b + 1), 1),
+    )
 
 
 def _relative(values: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import refuse_triton, select
-from .token_places import falling, rising, sum_to_places, take_places
+from .token_places import falling, mean_to_places, rising, sum_to_places, take_places
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,13 @@ class Matching:
     b: Tensor
     tokens: int
     distill_token: bool = False
+
+    def kept(self) -> Tensor:
+        """(B, N - r) int64: the token that stays at each place after merging."""
+        stay, b = self.a[self.stay], self.b.expand(self.stay.shape[0], -1)
+        if self.distill_token:
+            return torch.cat((stay[:, :1], b[:, :1], stay[:, 1:], b[:, 1:]), 1)
+        return torch.cat((stay, b), 1)
 
     def places(self) -> Tensor:
         """(B, N) int64: the position after merging of what each token became part of; dropped ones are left out."""
@@ -132,8 +139,10 @@ def token_merge(x: Tensor, matching: Matching, size: Tensor | None = None) -> tu
         return x, size
     place, left = matching.places(), matching.stay.shape[1] + matching.b.numel()
     matched = place.shape[1]  # fewer where some at the end are dropped
-    weighted, total = (sum_to_places(t[:, :matched], place, left) for t in (x * size, size))
-    return weighted / total, total
+    x, size = x[:, :matched], size[:, :matched]
+    total = sum_to_places(size, place, left)
+    share = size / take_places(total, place)
+    return mean_to_places(x, share, place, matching.kept(), matching.a[matching.source]), total
 
 
 def merge_source(matching: Matching, source: Tensor | None = None) -> Tensor:

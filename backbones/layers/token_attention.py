@@ -193,8 +193,7 @@ class TokenAttention(nn.Module):
 
     def weigh(self, query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
         """p, (B, h, N, M)."""
-        logits = (query * self.scale) @ key.transpose(-2, -1)
-        logits = logits if bias is None else logits + bias
+        logits = biased((query * self.scale) @ key.transpose(-2, -1), bias)
         return logits.softmax(-1) if self.softmax is None else self.softmax(logits)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -258,6 +257,14 @@ def linear_rows(qkv: nn.Linear, x: Tensor, first: int, last: int) -> Tensor:
     width = qkv.out_features // 3
     bias = None if qkv.bias is None else qkv.bias[first * width : last * width]
     return F.linear(x, qkv.weight[first * width : last * width], bias)
+
+
+def biased(logits: Tensor, bias: Tensor | None) -> Tensor:
+    """logits + bias; in the logits' own memory where nothing is differentiated."""
+    if bias is None:
+        return logits
+    in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and bias.dtype == logits.dtype
+    return logits.add_(bias) if in_place else logits + bias
 
 
 def split_heads(x: Tensor, heads: int, parts: int) -> tuple[Tensor, ...]:

@@ -2,8 +2,8 @@
 
 Written from the paper and the facts of the authors' code, https://github.com/mlvlab/MCTF (CC-BY-NC 4.0, as the parts of
 ToMe that it contains; the weights are plain DeiT's). Differs: several prefix tokens are set aside (the authors' code
-would move a distillation token). The fused attention matrix is never written down: its columns are summed by giving
-each token the values of what it became part of, which is the same product.
+would move a distillation token). The fused attention matrix is never written down: with S and W the matrices that sum
+columns and average rows, (W A S) v = W (A (S v)), and S v gives each token the values of what it became part of.
 
 Training with reduction consistency (a second pass with fewer removals as teacher) is `train.ReducedClassifier`.
 """
@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ...kernels import Fusion, fuse_by_scores, fusion_scores, sum_to_places, take_places
+from ...kernels import Fusion, fuse_by_scores, fusion_scores, mean_to_places, sum_to_places, take_places
 from .interface import Block, Reduction, TokenModel, Tokens, register_method
 from .schedule import Schedule
 
@@ -99,19 +99,19 @@ class MCTF(Reduction):
     def _fused_step(self, tokens: Tokens, block: Block, r: int) -> Tokens:
         weights = block.weigh(*block.query_key(tokens.x), self.bias(tokens))
         tokens, fusion, share = self.fuse(tokens, weights, r)
+        value = block.value(tokens.x)
         if share is None:
-            rows, value = self._largest_rows(weights, fusion), block.value(tokens.x)
+            out = self._largest_rows(weights, fusion) @ value
         else:
-            rows, value = self.fuse_rows(weights, block.value(tokens.x), fusion, share)
-        return tokens._replace(x=block.mix_channels(block.join(tokens.x, rows @ value)))
+            # equal values for tokens that became one sum the matrix's columns; its rows are fused after the product
+            out = self.fuse_rows(weights @ _spread(value, fusion.place), fusion, share)
+        return tokens._replace(x=block.mix_channels(block.join(tokens.x, out)))
 
-    def fuse_rows(self, weights: Tensor, value: Tensor, fusion: Fusion, share: Tensor) -> tuple[Tensor, Tensor]:
-        """The matrix (B, h, M, N) of what each fused token attends to, and the values (B, h, N, d) that it is to be
-        multiplied with: equal ones for tokens that became one, which sums the columns."""
-        B, heads = weights.shape[:2]
-        place = _of_heads(fusion.place, heads).flatten(0, 1)
-        rows = sum_to_places((weights * share[:, None]).flatten(0, 1), place, fusion.left)
-        return rows.unflatten(0, (B, heads)), _spread(value, fusion.place)
+    def fuse_rows(self, out: Tensor, fusion: Fusion, share: Tensor) -> Tensor:
+        """What the N tokens attended to (B, h, N, d), for the fused ones (B, h, M, d)."""
+        heads = out.shape[1]
+        out = mean_to_places(out.transpose(1, 2).flatten(2), share, fusion.place, fusion.kept, fusion.moved)
+        return out.unflatten(2, (heads, -1)).transpose(1, 2)
 
     def _largest_rows(self, weights: Tensor, fusion: Fusion) -> Tensor:
         """(B, h, M, M), with the largest weights of rows that become one."""
@@ -134,13 +134,14 @@ class MCTF(Reduction):
             fusion = fuse_by_scores(scores, r, class_token=self.prefix == 1, both_ways=self.both_ways)
             if first:
                 ahead = torch.arange(first, device=x.device).expand(x.shape[0], -1)
-                fusion = Fusion(torch.cat((ahead, fusion.place + first), 1), fusion.left + first)
+                place, kept = (torch.cat((ahead, rows + first), 1) for rows in (fusion.place, fusion.kept))
+                fusion = Fusion(place, kept, fusion.moved + first)
             share = self._share(received, size, fusion)
             merged_size = sum_to_places(size, fusion.place, fusion.left)
         if share is None:
             x = _largest(x, fusion.place, fusion.left)
         else:
-            x = sum_to_places(x * share, fusion.place, fusion.left)
+            x = mean_to_places(x, share, fusion.place, fusion.kept, fusion.moved)
         return tokens.merged(x, merged_size, fusion.place), fusion, share
 
     def _share(self, received: Tensor, size: Tensor, fusion: Fusion) -> Tensor | None:

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..layers.token_attention import linear_rows, split_heads
+from ..layers.token_attention import biased, linear_rows, split_heads
 from .interface import Reduction, TokenModel, Tokens
 
 
@@ -42,7 +42,7 @@ class TimmBlock:
 
     def weigh(self, query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
         logits = (query * self.block.attn.scale) @ key.transpose(-2, -1)
-        return self.block.attn.attn_drop((logits if bias is None else logits + bias).softmax(-1))
+        return self.block.attn.attn_drop(biased(logits, bias).softmax(-1))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
         attn = self.block.attn

@@ -4,7 +4,7 @@ import probe
 import pytest
 import torch
 
-from densezoo.kernels import fuse_by_scores, fusion_scores, sum_to_places, take_places
+from densezoo.kernels import fuse_by_scores, fusion_scores, mean_to_places, sum_to_places, take_places
 
 GOLDEN = probe.load('reduction/mctf_op')
 CASES = {case['name']: case for case in GOLDEN['cases']}
@@ -31,20 +31,20 @@ def test_authors_values(name):
         class_token=bool(given['num_protected']),
         both_ways=bool(given['bidirection']),
     )
-    place, left = fusion
+    place, left = fusion.place, fusion.left
     size = torch.ones(*x.shape[:2], 1) if size is None else size
     weight = {1: received[..., None] * size, 0: size, 3: torch.ones_like(size)}.get(given['pooling_type'])
     if weight is None:  # largest values
         index = place[..., None].expand_as(x)
         fused = torch.full((x.shape[0], left, x.shape[2]), float('-inf')).scatter_reduce(1, index, x, 'amax')
     else:
-        fused = sum_to_places(x * weight, place, left) / sum_to_places(weight, place, left)
+        share = weight / take_places(sum_to_places(weight, place, left), place)
+        fused = mean_to_places(x, share, *fusion)
     probe.compare(fused, wanted['x'])
     probe.compare(sum_to_places(size, place, left), wanted['size'])
     probe.compare(sum_to_places(torch.eye(x.shape[1]).expand(2, -1, -1), place, left), wanted['source'])
     if 'attn_next' in wanted and weight is not None:
         heads = attention.shape[1]
-        share = weight / take_places(sum_to_places(weight, place, left), place)
         of_heads = place[:, None].expand(-1, heads, -1).flatten(0, 1)
         rows = sum_to_places((attention * share[:, None]).flatten(0, 1), of_heads, left)
         both = sum_to_places(rows.mT, of_heads, left).mT
@@ -76,10 +76,13 @@ def test_every_place_is_taken(N, r, both_ways):
     """The r tokens that leave leave no gap, and the class token is alone at the front."""
     x = torch.randn(4, N, 6, generator=torch.Generator().manual_seed(N))
     scores = fusion_scores(x, torch.rand(4, N, generator=torch.Generator().manual_seed(1)) + 0.1, None)
-    place, left = fuse_by_scores(scores, r, class_token=True, both_ways=both_ways)
-    assert left == N - r
-    for row in place.tolist():
-        assert set(row) == set(range(left)) and row[0] == 0 and row.count(0) == 1
+    place, kept, moved = fuse_by_scores(scores, r, class_token=True, both_ways=both_ways)
+    assert torch.equal(place.gather(1, kept), torch.arange(N - r).expand(4, -1))
+    assert torch.cat((kept, moved), 1).sort(1).values.equal(torch.arange(N).expand(4, -1))
+    assert (kept[:, 0] == 0).all() and ((place == 0).sum(1) == 1).all()
+    share = torch.ones(4, N, 1) / take_places(sum_to_places(torch.ones(4, N, 1), place, N - r), place)
+    expected = sum_to_places(x * share, place, N - r)
+    torch.testing.assert_close(mean_to_places(x, share, place, kept, moved), expected)
 
 
 def test_bad_input():
