@@ -32,6 +32,7 @@ def test_deformable_merging_between_the_stages(name):
     assert learning_rate_scales(small(name)) == {}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_exports():
     model, x = small('poolformer_s12', features_only=True, downsampling='deformable'), torch.randn(1, 3, 64, 96)
