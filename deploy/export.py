@@ -38,7 +38,8 @@ def export_program(
         run their references).
 
     Raises:
-        ValueError: the images are not (B, C, H, W), the model takes one size alone, or the example is below the range.
+        ValueError: the images are not (B, C, H, W), the model takes one size alone or reduces its tokens, or the
+            example is below the range.
     """
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
     if not inputs or inputs[0].ndim != 4:
@@ -80,6 +81,11 @@ def _check_dynamic(model: nn.Module, images: Tensor, smallest: int) -> None:
         raise ValueError(
             f'dynamic_size needs a model of any size, {type(model).__name__} takes {sizes.height_width} '
             f'alone: {sizes.why}'
+        )
+    if any(getattr(module, 'reduction', None) is not None for module in model.modules()):
+        raise ValueError(
+            'dynamic_size needs a model with all its tokens: how many a reduction leaves follows from the size; export '
+            'it once per size'
         )
     if min(images.shape[-2:]) < smallest:
         raise ValueError(

@@ -171,6 +171,8 @@ def test_tokens_and_maps(method, name):
     single = [reduced(x[i : i + 1]) for i in range(3)]
     for i, m in enumerate(maps):
         close(torch.cat([each[i] for each in single]), m)
+    of_blocks = reduced.forward_intermediates(x, intermediates_only=True)
+    assert [m.shape for m in of_blocks] == [m.shape for m in model.forward_intermediates(x, intermediates_only=True)]
     tokens = trace_tokens(reduced, x)
     assert len({each.x.shape[1] for each in tokens}) > 1
     for each in tokens:  # every patch lies in one token, which knows how many it stands for
@@ -411,6 +413,12 @@ def test_bad_models():
         ValueError, match=r"reduction must be dict\(type=\.\.\., \.\.\.\) or None, got reduction='tome'"
     ):
         create_model('deit_tiny_patch16_224', reduction='tome')
+
+
+def test_sizes_are_not_exported_dynamically():
+    model = small('deit_tiny_patch16_224', features_only=True, reduction={'type': 'tome'})
+    with pytest.raises(ValueError, match=r'dynamic_size needs a model with all its tokens: .* export it once per size'):
+        export_program(model, images(model), dynamic_size=True)
 
 
 @pytest.mark.slow
