@@ -26,7 +26,7 @@ from .layers import (
     norm_factory,
     resize,
 )
-from .layers.deform import OFFSET_LR_SCALE, DeformableMerging
+from .layers.deform import DeformableMerging
 from .layers.grid import ceil_div
 from .layers.lookup import choose
 from .layers.norm import NormFactory
@@ -173,10 +173,6 @@ class MergingPyramid(Hierarchical):
         """The authors': truncated normal in linear layers, PyTorch's own in convolutions."""
         if isinstance(module, nn.Linear):
             super().init_weights(module)
-
-    def lr_scales(self) -> dict[str, float]:
-        """Patterns of parameter names that learn at another rate, and its factor."""
-        return {'downsample_layers.*.conv_offset.weight': OFFSET_LR_SCALE}
 
     def drop_first_norm(self) -> None:
         """Leaves the first map as it is, as the authors' detection code does."""

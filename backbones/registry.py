@@ -24,6 +24,7 @@ from .backbone import Backbone, normalise_indices
 from .checkpoint import load_checkpoint, load_published
 from .layers.lookup import nearest
 from .reduction import reduce_tokens
+from .skeleton import Hierarchical
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ _COMMON = (
     'img_size',
     'checkpoint_path',
     'reduction',
+    'downsampling',
 )
 
 
@@ -189,6 +191,7 @@ def create_model(
     img_size: int | tuple[int, int] | None = None,
     checkpoint_path: str = '',
     reduction: Mapping[str, Any] | None = None,
+    downsampling: str | None = None,
     **overrides: Any,
 ) -> nn.Module:
     """Builds a backbone: a classifier, or with `features_only` the same class in its dense form.
@@ -203,6 +206,8 @@ def create_model(
         img_size: for models made for one size; None for the registered one.
         checkpoint_path: a file for `load_checkpoint`.
         reduction: dict(type=..., r=...), a method of `reduce_tokens` with its settings.
+        downsampling: 'deformable' merges tokens between the stages of a hierarchical family as LIT does; None keeps the
+            family's layers.
         overrides: arguments of the model's class, see `constructor_arguments`; timm's `pretrained_cfg_overlay` and
             `cache_dir`.
 
@@ -211,8 +216,14 @@ def create_model(
     """
     if pretrained and checkpoint_path:
         raise ValueError('pass pretrained=True or checkpoint_path=, not both')
+    if pretrained and downsampling is not None:
+        raise ValueError(
+            f'published weights have the downsampling of their family, got pretrained=True, {downsampling=}'
+        )
     base, _, tag = name.partition('.')
     if base not in _ENTRIES and is_model(base):
+        if downsampling is not None:
+            raise ValueError(f"{name} is timm's, whose downsampling stays, got {downsampling=}")
         early = checkpoint_path if reduction is None else ''
         model = _from_timm(
             name, pretrained, features_only, out_indices, in_chans, num_classes, img_size, early, overrides
@@ -228,6 +239,10 @@ def create_model(
         num_classes=num_classes,
         **(overrides if img_size is None else {**overrides, 'img_size': img_size}),
     )
+    if downsampling is not None:
+        if not isinstance(model, Hierarchical):
+            raise ValueError(f'{name} has one resolution and no downsampling, got {downsampling=}')
+        model.set_downsampling(downsampling)
     return _reduced(model, reduction, checkpoint_path)
 
 

@@ -7,7 +7,7 @@ C) tensors, whose (B, C, H, W) view has channels_last strides, so convolutions r
 """
 
 # B batch, C channels, H W size of the current stage, K classes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,12 +15,17 @@ from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from .backbone import Backbone, check_format, normalise_indices, rename
+from .layers.deform import OFFSET_LR_SCALE, DeformableMerging
 from .layers.fold_norm import fold_into_next
 from .layers.grid import ceil_div, to_first
 from .layers.heads import HeadFactory
+from .layers.lookup import choose
 from .layers.norm import NormFactory
 
 Stage = Sequence[nn.Module]
+
+# layers between stages that any family may take instead of its own, by name, for numbers of channels
+DOWNSAMPLINGS: dict[str, Callable[[int, int], nn.Module]] = {'deformable': DeformableMerging}
 
 # Elements of a stage's maps that a CPU computes at once, as many images as that is. What blocks make of them, four
 # times as much in an MLP, then stays in the cache and comes from memory that was just freed instead of from new pages.
@@ -192,6 +197,33 @@ class Hierarchical(Backbone):
         for block in blocks:  # type: ignore[attr-defined]
             x = self._call(block, x)
         return x
+
+    def set_downsampling(self, name: str) -> None:
+        """Other layers before stages 1, 2, ..., freshly initialised.
+
+        Args:
+            name: 'deformable', LIT's merging of 2 x 2 positions at learned places.
+
+        Raises:
+            ValueError: there is no such layer, or the family's layers do more than downsampling.
+        """
+        make = choose('downsampling', name, DOWNSAMPLINGS)
+        layers: Any = self.downsample_layers[1:]
+        for s, layer in enumerate(layers, 1):
+            if not vars(type(layer)).get('replaceable', False):  # subclasses do more
+                raise ValueError(
+                    f'{type(self).__name__} keeps its own downsampling, got downsampling={name!r}: its '
+                    f'{type(layer).__name__} before stage {s} is more than that, or is deformable already'
+                )
+        dims = [info['num_chs'] for info in self.feature_info.info]
+        for s in range(1, len(self.downsample_layers)):
+            self.downsample_layers[s] = make(dims[s - 1], dims[s])
+
+    def lr_scales(self) -> dict[str, float]:
+        """Patterns of parameter names that learn at another rate, and its factor."""
+        if not any(isinstance(module, DeformableMerging) for module in self.downsample_layers.modules()):
+            return {}
+        return {'downsample_layers.*.conv_offset.weight': OFFSET_LR_SCALE}
 
     # ---- timm's interface and deployment
 

@@ -100,6 +100,8 @@ class WindowAttention(nn.Module):
 class PatchMerging(nn.Module):
     """Squares of 2 x 2 positions become one: (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), dim)."""
 
+    replaceable: ClassVar[bool] = True  # see `Hierarchical.set_downsampling`
+
     def __init__(self, in_dim: int, dim: int, *, norm: NormFactory):
         super().__init__()
         self.norm = norm(4 * in_dim)

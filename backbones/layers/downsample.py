@@ -1,5 +1,7 @@
 """Convolutional stems and downsampling whose maps have ceil(size / stride) positions at every size."""
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from .fold_norm import fold_into_previous
@@ -16,6 +18,8 @@ class ConvDownsample(nn.Module):
     Args:
         image: the input is (B, C, H, W), an image, instead of (B, H, W, C), a map.
     """
+
+    replaceable: ClassVar[bool] = True  # nothing but downsampling happens here: see `Hierarchical.set_downsampling`
 
     def __init__(
         self,

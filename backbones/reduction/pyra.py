@@ -85,7 +85,7 @@ class PYRA(ToMe):
     """ToMe whose merged tokens are re-activated, with adapters.
 
     The authors' schedules of twelve blocks are r=(16,) * 11 + (10,), 'low', and r=(40, 34, 30, 24, 18, 14, 10, 8, 4, 4,
-    3, 3), 'high', which is the default for models of that depth.
+    3, 3), 'high'.
 
     Args:
         adapter: 'lora', added to queries, keys and values; 'bottleneck', after the MLP; or None.
@@ -94,7 +94,7 @@ class PYRA(ToMe):
         model, schedule: see `Reduction`.
     """
 
-    defaults: ClassVar[dict[str, Any]] = {'r': (40, 34, 30, 24, 18, 14, 10, 8, 4, 4, 3, 3)}
+    defaults: ClassVar[dict[str, Any]] = {'r': 16}
 
     def __init__(
         self,

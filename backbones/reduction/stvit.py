@@ -153,7 +153,7 @@ class STViTR(_Semantic):
         window: side of the windows that tokens are pooled in; the last row and column are repeated where windows do not
             divide the map.
         sample: tokens along a side of each window.
-        group: blocks of a group, at least 4.
+        group: blocks of a group, at least 3, where the map is asked once; six, or those of a shallower model, if None.
         first: the first block of the first group.
         model, schedule: see `Reduction`; there is nothing to schedule.
     """
@@ -165,14 +165,15 @@ class STViTR(_Semantic):
         schedule: Schedule,
         window: int = 7,
         sample: int = 3,
-        group: int = 6,
+        group: int | None = None,
         first: int = 0,
     ):
         super().__init__(model=model, schedule=schedule)
         if not 1 <= sample <= window:
             raise ValueError(f'sample must be from 1 to window, got {sample=}, {window=}')
-        if not 4 <= group <= model.depth:
-            raise ValueError(f'group must be from 4 to {model.depth}, the number of blocks, got {group=}')
+        group = min(6, model.depth) if group is None else group
+        if not 3 <= group <= model.depth:
+            raise ValueError(f'group must be from 3 to {model.depth}, the number of blocks, got {group=}')
         if not 0 <= first <= model.depth - group:
             raise ValueError(f'first must be from 0 to {model.depth - group}, so that one group fits, got {first=}')
         self.window, self.sample, self.group, self.first = window, sample, group, first
@@ -189,7 +190,7 @@ class STViTR(_Semantic):
             asking = torch.cat((x[:, :P], pooled.flatten(1, 2)), 1)
             asking = self.attend(block, asking, patches.flatten(1, 2))
             return Tokens(asking, place=self.placed(tokens, parts), extra=(*tokens.extra, patches))
-        if role == 2:
+        if role == 2 < self.group - 1:
             return tokens._replace(x=self.attend(block, x, tokens.extra[1].flatten(1, 2)))
         if role == self.group - 1:
             patches = tokens.extra[1].flatten(1, 2)
