@@ -17,19 +17,27 @@ more images are taken, and topk is at most the number of tokens; the authors' co
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ...kernels.precision import full_precision
 from .hashing import KernelHash, normalised
 from .replace import refuse, replace_attention
 from .softmax import SOURCES, SoftmaxAttention, replace_in_stages, share_projection, take_over
 
 
 def code_attention(codes: Tensor, value: Tensor, offset: int, exact_sum: bool = False) -> Tensor:
-    """The formula above, for codes (..., N, b) and values (..., N, d), with `offset` for b + 1."""
-    total = value.sum(-2, keepdim=True) if exact_sum else value
-    numerator = codes @ (codes.transpose(-2, -1) @ value) + offset * total
-    denominator = codes @ codes.sum(-2).unsqueeze(-1) + offset * codes.shape[-2]
-    return numerator / denominator
+    """The formula above, for codes (..., N, b) and values (..., N, d), with `offset` for b + 1.
+
+    Computed in float32 at least: sums over all tokens.
+    """
+    with full_precision(codes):
+        wide = torch.promote_types(value.dtype, torch.float32)
+        c, v = codes.to(wide), value.to(wide)
+        total = v.sum(-2, keepdim=True) if exact_sum else v
+        numerator = c @ (c.transpose(-2, -1) @ v) + offset * total
+        denominator = c @ c.sum(-2).unsqueeze(-1) + offset * c.shape[-2]
+        return (numerator / denominator).to(value.dtype)
 
 
 class EcoFormerAttention(nn.Module):
