@@ -134,7 +134,9 @@ def metadata(task: Task, metainfo: Any = None, nms: str | None = None) -> dict[s
         metainfo: of the dataset (`classes`, `palette`), as checkpoints hold it.
     """
     scale = '0..255' if task.data_preprocessor.normalise else '0..1'
-    entries: dict[str, Any] = {'task': type(task).__name__, 'channels': 'RGB', 'range': scale, 'normalised': 'inside'}
+    kinds = (ImageClassifier, Segmentor, Detector, Restorer)
+    kind = next((kind for kind in kinds if isinstance(task, kind)), type(task))  # one with a teacher is still its kind
+    entries: dict[str, Any] = {'task': kind.__name__, 'channels': 'RGB', 'range': scale, 'normalised': 'inside'}
     classes = (metainfo or {}).get('classes')
     if classes:
         entries['classes'] = list(classes)

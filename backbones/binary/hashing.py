@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ...kernels.precision import full_precision
 from ..layers.lookup import choose
 from .estimators import sign, step
 
@@ -73,9 +74,12 @@ class KernelHash(nn.Module):
                     'the hash functions are not learned yet; run a batch through the model in training mode, or load '
                     'weights that have them'
                 )
-            self.fit(x.detach())
-        y = self.project(x)
-        return sign(y) if self.codes == 'sign' else step(y, 0.0)
+            with full_precision(x):
+                self.fit(x.detach().to(self.A.dtype))
+        with full_precision(x):
+            y = self.project(x.to(self.A.dtype))
+        codes = sign(y) if self.codes == 'sign' else step(y, 0.0)
+        return codes.to(x.dtype)
 
     def project(self, x: Tensor) -> Tensor:
         """y, (B, h, N, b)."""

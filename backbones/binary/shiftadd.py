@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...kernels.precision import full_precision
 from ..layers.lookup import choose
 from .hashing import KernelHash, normalised
 from .layers import ShiftLinear
@@ -116,9 +117,12 @@ class MeanAttention(nn.Module):
 
 
 def additive_attention(query: Tensor, key: Tensor, value: Tensor, extra: Tensor | None = None) -> Tensor:
-    """u / |u| for codes (..., N, b) and values (..., N, d); `extra` is added to u."""
-    u = 0.5 * value + (1 / math.pi) * (query @ (key.transpose(-2, -1) @ value))
-    return normalised(u if extra is None else u + extra)
+    """u / |u| for codes (..., N, b) and values (..., N, d), in float32 at least; `extra` is added to u."""
+    with full_precision(value):
+        wide = torch.promote_types(value.dtype, torch.float32)
+        v = value.to(wide)
+        u = 0.5 * v + (1 / math.pi) * (query.to(wide) @ (key.to(wide).transpose(-2, -1) @ v))
+        return normalised(u if extra is None else u + extra).to(value.dtype)
 
 
 def token_conv(num_heads: int) -> nn.Conv2d:

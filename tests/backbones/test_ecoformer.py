@@ -207,6 +207,17 @@ def test_softmax_attention_of_the_last_stage_is_the_models_own():
         torch.testing.assert_close(model.stages[3][0](x), parent.stages[3][0](x))
 
 
+def test_without_stages_of_codes_it_is_the_first_stage_of_the_recipe():
+    parent = small('pvt_v2_b0', sr_ratios=1)
+    model = binarize(parent, 'ecoformer', stages=())
+    x = probe.image(4, [1, 3, 64, 64])
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), parent.eval()(x))
+    reduced = small('pvt_v2_b0')  # published weights: their spatial reductions are dropped
+    load_checkpoint(model, reduced.state_dict())
+    assert torch.equal(model.stages[0][0].token_mixer.proj.weight, reduced.stages[0][0].token_mixer.proj.weight)
+
+
 @pytest.mark.parametrize(
     ('name', 'settings', 'message'),
     [

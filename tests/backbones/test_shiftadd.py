@@ -176,6 +176,17 @@ def test_every_parameter_learns_and_batches_equal_single_images(settings):
         torch.testing.assert_close(again(x), model(x))
 
 
+@pytest.mark.parametrize('method', ['ecoformer', 'shiftadd'])
+def test_bf16_autocast(method):
+    """Codes are those of float32, as far as their input is."""
+    model = binarize(small(), method, iterations=1).train()
+    with torch.autocast('cpu', torch.bfloat16):
+        logits = model(probe.image(0, [2, 3, 64, 64]))
+    assert logits.isfinite().all() and all(hash.A.dtype == torch.float32 for hash in hashes_of(model))
+    logits.float().square().mean().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_weights_of_a_step_before_load():
     """The authors train attention first, then layers: the weights of one step start the next."""
     first = binarize(small(), 'shiftadd', attention_layers='dense', mlp_layers='dense', iterations=1).train()

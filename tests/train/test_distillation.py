@@ -12,6 +12,7 @@ from densezoo.backbones import create_model
 from densezoo.backbones.binary import create_binary
 from densezoo.heads import LinearClassifier, OwnClassifier, SemanticFPN
 from densezoo.train import DistilledClassifier, DistilledSegmentor
+from densezoo.train.deployable import metadata
 
 BACKBONE = dict(type=create_model, name='caformer_s18', num_classes=3, depths=(1, 1, 1, 1), dims=(8, 16, 32, 32))
 DENSE = dict(type=create_model, name='poolformer_s12', features_only=True, depths=(1, 1, 1, 1), dims=(8, 16, 16, 16))
@@ -89,6 +90,10 @@ def test_maps_of_a_dense_backbone():
     total, logged = task.parse_losses(losses(task))
     total.backward()
     assert 'loss_features' in logged and 'loss_logits' not in logged
+
+
+def test_exported_files_name_the_kind_of_task():
+    assert metadata(classifier())['task'] == 'ImageClassifier'
 
 
 def test_without_a_teacher_it_is_the_task():
