@@ -14,6 +14,8 @@ from densezoo.backbones.binary import create_binary
 with read_base():
     from .classification_ecoformer import *
 
+max_iters = 300
+
 model['backbone'] = dict(
     type=create_binary,
     name='pvt_v2_b0',
@@ -27,3 +29,6 @@ model['backbone'] = dict(
     method='shiftadd',
     settings=dict(attention_layers='shift', mlp_layers='mixture', gate='noisy'),
 )
+
+train_cfg.update(max_iters=max_iters)
+param_scheduler[1].update(end=max_iters)
