@@ -93,10 +93,12 @@ class _Search:
     def in_blocks(self, block: int) -> QuantizedLayer:
         """Shifts from the largest magnitudes of blocks."""
         rows = self.layer.weight.detach().flatten(1)
-        rows = F.pad(rows, (0, -rows.shape[1] % block)).unflatten(1, (-1, block))
+        each = min(block, rows.shape[1])
+        rows = F.pad(rows, (0, -rows.shape[1] % each)).unflatten(1, (-1, each))
         largest = torch.maximum(self.highest, -self.lowest)
-        blocks = F.pad(largest, (0, -len(largest) % block)).view(-1, block).amax(1)
-        shifts = _shift(blocks, self.bits).repeat_interleave(block)[: len(largest)]
+        channels = min(block, len(largest))
+        blocks = F.pad(largest, (0, -len(largest) % channels)).view(-1, channels).amax(1)
+        shifts = _shift(blocks, self.bits).repeat_interleave(channels)[: len(largest)]
         self.chosen = ('block', 'symmetric', 1.0)
         return QuantizedLayer(
             self.layer,
@@ -105,7 +107,7 @@ class _Search:
             input_scale=shifts,
             bits=self.bits,
             weight_bits=self.weight_bits,
-            block=block,
+            block=each,
         )
 
     def _of_inputs(self, channel: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from .convert import METHODS, binarize, create_binary
 from .hashing import KernelHash, hashes_of
 from .layers import BinaryLinear, BinaryProduct, ShiftLinear
 from .mixture import MixtureLinear, balance_loss
-from .pack import PackedBinaryLinear, PackedProduct, PackedShiftLinear, pack
+from .pack import PackedBinaryLinear, PackedProduct, PackedShiftLinear, pack, packable
 
 __all__ = [
     'METHODS',
@@ -22,6 +22,7 @@ __all__ = [
     'create_binary',
     'hashes_of',
     'pack',
+    'packable',
     'parts_of',
     'set_binary',
 ]

@@ -205,7 +205,7 @@ def pack(module: _Module) -> _Module:
         raise ValueError(f'pack needs a module in evaluation mode, and {where} is in training mode; call .eval() first')
     if any(isinstance(part, _PACKED) for part in module.modules()):
         raise ValueError(f'{type(module).__name__} is packed already')
-    if not any(_packable(part) for part in module.modules()):
+    if not packable(module):
         raise ValueError(
             f'{type(module).__name__} has no binary or power-of-two weights to pack; binarize it first: '
             "binarize(model, 'bivit')"
@@ -213,6 +213,11 @@ def pack(module: _Module) -> _Module:
     with torch.no_grad():
         packed = _replaced(copy.deepcopy(module), {})
     return packed.requires_grad_(False).eval()  # type: ignore[return-value]
+
+
+def packable(module: nn.Module) -> bool:
+    """Whether a module holds weights of one bit or powers of two that `pack` would pack."""
+    return any(_packable(part) for part in module.modules())
 
 
 @lru_cache(maxsize=1)

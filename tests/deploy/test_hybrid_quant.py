@@ -124,6 +124,8 @@ def test_blocks_have_shifts():
     assert layer.weight_scale.shape == (24 * 3,) and layer.input_scale.shape == (8,)
     torch.testing.assert_close(layer.float_weight(), MODEL.blocks[1].qkv.weight.detach(), rtol=0, atol=4e-3)
     assert {s.granularity for s in model.quantization} == {'block'}
+    wide = quantize_hybrid(MODEL, IMAGES, mode='block', block=1000).blocks[1].qkv  # never wider than the rows
+    assert wide.weight.shape == (24, 8) and len(wide.weight_scale) == 24
     assert deviation(model) < 0.01
 
 

@@ -8,17 +8,16 @@ counted as they run, and sorted by the VALUES of their operands, whoever made th
     one operand is 0 or signed powers of two       shifts, and additions of int32
     else                                           floating-point multiplications and additions
 
-so that simulated and packed models give the same report. Element-wise layers count with the operations in `_POINTWISE`;
-exponentials and error functions are listed and not priced, moving and comparing is neither. Bytes: each operand and
-result of a product once, signs as 1 bit, powers of two as 5, all else as 32, as if nothing stayed in a cache. A mixture
-of experts is counted as it runs here, where every token goes through both.
+so that simulated and packed models report the same products; `run` packs what can be packed. Element-wise layers count
+with the operations in `_POINTWISE`; exponentials and the like are listed and not priced, moving and comparing is
+neither. Bytes: each operand and result of a product once, signs as 1 bit, powers of two as 5, all else as 32, as if
+nothing stayed in a cache. A mixture of experts is counted as it runs here, where every token goes through both.
 
 Energy: M. Horowitz, Computing's energy problem, ISSCC 2014, figure 1.1.9 (45 nm, 0.9 V) for additions, multiplications
 and DRAM; the shift is ShiftAddNet's, arXiv 2010.12785 (quoted from memory). A bit operation is in neither: a word's
 XNOR and popcount are priced as two int32 additions, our assumption.
 """
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -28,8 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from densezoo.backbones import binarize, create_model
-from densezoo.backbones.binary import BinaryLinear, ShiftLinear
+from densezoo.backbones import binarize, create_model, pack
+from densezoo.backbones.binary import packable
 from densezoo.backbones.binary.hashing import hashes_of
 
 # picojoules
@@ -44,25 +43,32 @@ DRAM = 640 / 4  # of a byte, from 640 of a 32-bit word
 BITS = {'signs': 1, 'powers': 5, 'numbers': 32}
 
 _aten: Any = torch.ops.aten
-# multiplications, additions and special functions of each element
-_POINTWISE: dict[Any, tuple[int, int, int]] = {
-    _aten.add.Tensor: (0, 1, 0),
-    _aten.add_.Tensor: (0, 1, 0),
-    _aten.sub.Tensor: (0, 1, 0),
-    _aten.mul.Tensor: (1, 0, 0),
-    _aten.mul_.Tensor: (1, 0, 0),
-    _aten.div.Tensor: (1, 0, 0),
-    _aten.sum.dim_IntList: (0, 1, 0),
-    _aten.mean.dim: (0, 1, 0),
-    _aten.native_layer_norm.default: (3, 4, 0),
-    _aten.native_group_norm.default: (3, 4, 0),
-    _aten.native_batch_norm.default: (1, 1, 0),
-    _aten._native_batch_norm_legit_no_training.default: (1, 1, 0),
-    _aten._softmax.default: (1, 2, 1),
-    _aten.gelu.default: (2, 1, 1),
-    _aten.exp.default: (0, 0, 1),
-    _aten.sigmoid.default: (1, 1, 1),
-    _aten.silu.default: (2, 1, 1),
+# operators, in place or not -> multiplications, additions and special functions of each element
+_POINTWISE: dict[str, tuple[int, int, int]] = {
+    'add': (0, 1, 0),
+    'sub': (0, 1, 0),
+    'rsub': (0, 1, 0),
+    'mul': (1, 0, 0),
+    'div': (1, 0, 0),
+    'pow': (1, 0, 0),  # squares
+    'addcmul': (1, 1, 0),
+    'sum': (0, 1, 0),
+    'mean': (0, 1, 0),
+    'native_layer_norm': (3, 4, 0),
+    'native_group_norm': (3, 4, 0),
+    'native_batch_norm': (1, 1, 0),
+    '_native_batch_norm_legit_no_training': (1, 1, 0),
+    '_softmax': (1, 2, 1),
+    'gelu': (2, 1, 1),
+    'silu': (1, 1, 1),
+    'hardswish': (2, 1, 0),
+    'sigmoid': (0, 1, 1),
+    'tanh': (0, 0, 1),
+    'exp': (0, 0, 1),
+    'erf': (0, 0, 1),
+    'rsqrt': (0, 0, 1),
+    'sqrt': (0, 0, 1),
+    'logaddexp': (0, 1, 2),
 }
 _ATTENTION = (
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -114,14 +120,16 @@ class Counting(TorchDispatchMode):
             self.convolution(args, out)
         elif func in _ATTENTION:
             self.attention(*args[:3])
-        elif func in _POINTWISE:
-            given = next(x for x in args if isinstance(x, Tensor))
+        elif name := _pointwise(func):
             first = out[0] if isinstance(out, tuple) else out
-            count = max(given.numel(), first.numel())
+            tensors = [x for x in (first, *args) if isinstance(x, Tensor)]
             if first.is_floating_point():
-                for name, each in zip(('multiplications', 'additions', 'special'), _POINTWISE[func]):
-                    self.counts[name] += count * each
+                self.elements(name, max(x.numel() for x in tensors))
         return out
+
+    def elements(self, name: str, count: int) -> None:
+        for kind_of, each in zip(('multiplications', 'additions', 'special'), _POINTWISE[name]):
+            self.counts[kind_of] += count * each
 
     def product(self, a: Tensor, b: Tensor, out: Tensor, count: int) -> None:
         """`count` products of elements of a and b, and as many sums."""
@@ -148,12 +156,17 @@ class Counting(TorchDispatchMode):
     def attention(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Of softmax, the map kept on chip."""
         pairs = query.shape[:-1].numel() * key.shape[-2]
-        for name, each in zip(('multiplications', 'additions', 'special'), _POINTWISE[_aten._softmax.default]):
-            self.counts[name] += pairs * each
+        self.elements('_softmax', pairs)
         for width in (query.shape[-1], value.shape[-1]):
             self.counts['multiplications'] += pairs * width
             self.counts['additions'] += pairs * width
         self.counts['moved_bytes'] += 4 * (query.numel() + key.numel() + value.numel() + query.shape[:-1].numel())
+
+
+def _pointwise(func: Any) -> str | None:
+    name = str(func._schema.name).partition('::')[2]
+    name = name.removesuffix('_')
+    return name if name in _POINTWISE else None
 
 
 def kind(x: Tensor) -> str:
@@ -180,19 +193,8 @@ def cost(model: nn.Module, *inputs: Tensor, name: str = '') -> Cost:
     with torch.no_grad(), Counting() as counting:
         model(*inputs)
     numbers = {field: int(counting.counts[field]) for field in (*ENERGY, 'special', 'moved_bytes')}
-    return Cost(name=name, **numbers, weight_bytes=weight_bytes(model))
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Parameters and buffers, those that are layers' signs as bits, as `pack` has them."""
-    total = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    for module in model.modules():
-        if isinstance(module, BinaryLinear) and module.binary_weight:
-            total -= 4 * module.weight.numel() - 4 * module.out_features * math.ceil(module.in_features / 32)
-        elif isinstance(module, ShiftLinear):
-            trained = sum(4 * p.numel() for n, p in module.named_parameters() if n != 'bias')
-            total -= trained - 4 * module.out_features * math.ceil(module.in_features / 6)
-    return total
+    weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    return Cost(name=name, **numbers, weight_bytes=weights)
 
 
 def run(*, model: str, methods: Sequence[str] = ('bivit',), size: int = 224, batch: int = 1) -> list[Cost]:
@@ -211,6 +213,7 @@ def run(*, model: str, methods: Sequence[str] = ('bivit',), size: int = 224, bat
         network = binarize(parent, method).eval()
         for hash in hashes_of(network):
             hash.trained.fill_(True)
+        network = pack(network) if packable(network) else network  # training's arithmetic on weights is not deployed
         rows.append(cost(network, images, name=f'{model}, {method}'))
     return rows
 
