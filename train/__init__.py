@@ -10,7 +10,6 @@ from .config import find_config, load_config
 from .loops import EpochLoop, IterLoop
 from .optim import LayerDecayConstructor, OptimWrapper
 from .preprocess import Preprocess
-from .reduction import ReducedClassifier
 from .runner import Runner, build_runner
 from .tasks import (
     Detector,
@@ -19,6 +18,7 @@ from .tasks import (
     DistilledRestorer,
     DistilledSegmentor,
     ImageClassifier,
+    ReducedClassifier,
     Restorer,
     Segmentor,
     Task,

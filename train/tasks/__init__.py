@@ -3,6 +3,7 @@
 from .base import Task
 from .distillation import DistilledClassifier, DistilledDetector, DistilledRestorer, DistilledSegmentor
 from .kinds import Detector, ImageClassifier, Restorer, Segmentor, UniversalSegmentor
+from .reduction import ReducedClassifier
 
 __all__ = [
     'Detector',
@@ -11,6 +12,7 @@ __all__ = [
     'DistilledRestorer',
     'DistilledSegmentor',
     'ImageClassifier',
+    'ReducedClassifier',
     'Restorer',
     'Segmentor',
     'Task',

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..heads.classification import gather_labels
-from .tasks import ImageClassifier
+from ...heads.classification import gather_labels
+from .kinds import ImageClassifier
 
 
 class ReducedClassifier(ImageClassifier):
