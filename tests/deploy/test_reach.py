@@ -139,7 +139,7 @@ def head_deploys(make, folder):
 
 
 ELSEWHERE = ('MaskRCNN',)  # test_deployable builds that engine
-SLOW = ('ATSS', 'CascadeRCNN', 'GFL', 'DETR', 'DeformableDETR')
+SLOW = ('ATSS', 'CascadeRCNN', 'GFL', 'DETR', 'DeformableDETR', 'RTDETR')
 
 
 @pytest.mark.parametrize(
