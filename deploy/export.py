@@ -82,7 +82,7 @@ def _check_dynamic(model: nn.Module, images: Tensor, smallest: int) -> None:
             f'dynamic_size needs a model of any size, {type(model).__name__} takes {sizes.height_width} '
             f'alone: {sizes.why}'
         )
-    if any(getattr(module, 'reduction', None) is not None for module in model.modules()):
+    if any(getattr(module, 'one_size_per_graph', False) for module in model.modules()):
         raise ValueError(
             'dynamic_size needs a model with all its tokens: how many a reduction leaves follows from the size; export '
             'it once per size'

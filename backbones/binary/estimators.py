@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ...kernels import fixed_point as round_down
+
 
 def sign(x: Tensor) -> Tensor:
     """-1, 0 or 1; the gradient passes where -1 < x < 1."""
@@ -64,7 +66,9 @@ def nearest_power(weight: Tensor, lowest: int) -> Tensor:
 
 def fixed_point(x: Tensor, integer_bits: int = 16, fraction_bits: int = 16) -> Tensor:
     """floor(x 2^f) / 2^f within -2^(i-1) .. 2^(i-1) - 1; the gradient passes unchanged."""
-    return _FixedPoint.apply(x, integer_bits, fraction_bits) if _learns(x) else _fixed(x, integer_bits, fraction_bits)
+    return (
+        _FixedPoint.apply(x, integer_bits, fraction_bits) if _learns(x) else round_down(x, integer_bits, fraction_bits)
+    )
 
 
 def split_power(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,7 +179,7 @@ class _NearestPower(torch.autograd.Function):
 class _FixedPoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, integer_bits: int, fraction_bits: int) -> Tensor:
-        return _fixed(x, integer_bits, fraction_bits)
+        return round_down(x, integer_bits, fraction_bits)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -207,8 +211,3 @@ def _power(shift: Tensor, signs: Tensor, lowest: int) -> Tensor:
 def _nearest(weight: Tensor, lowest: int) -> Tensor:
     shift, signs = split_power(weight.clamp(-1, 1))
     return torch.exp2(shift.clamp(min=lowest)) * signs
-
-
-def _fixed(x: Tensor, integer_bits: int, fraction_bits: int) -> Tensor:
-    bound, steps = 2.0 ** (integer_bits - 1), 2.0**fraction_bits
-    return (torch.floor(x * steps) / steps).clamp(-bound, bound - 1)

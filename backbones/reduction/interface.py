@@ -170,6 +170,7 @@ class Reduction(nn.Module):
     """
 
     method: ClassVar[str]
+    one_size_per_graph: ClassVar[bool] = True  # how many tokens leave follows from the image's size: see deploy.export
     defaults: ClassVar[dict[str, Any]] = {'r': 8}  # the schedule of a caller who states none
     first_layer: ClassVar[int] = 0  # blocks before it do not reduce unless the caller says so
     least: ClassVar[int] = 0  # tokens that stay whatever the schedule says

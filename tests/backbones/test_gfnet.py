@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from densezoo.backbones import create_model, load_checkpoint
 from densezoo.backbones.gfnet import GFNetBlock
+from densezoo.backbones.layers import LayerNorm
 
 SMALL = {'depths': (1, 1, 1, 1), 'dims': (16, 24, 32, 40)}
 
@@ -115,7 +116,7 @@ def test_plain_models_pool_the_normed_tokens():
 @torch.no_grad()
 def test_tokens_and_maps_are_filtered_alike():
     torch.manual_seed(0)
-    block = GFNetBlock(dim=8, grid=(3, 5), mlp_ratio=2.0, layer_scale=None, drop_path=0.0)
+    block = GFNetBlock(dim=8, grid=(3, 5), norm=LayerNorm, mlp_ratio=2.0, layer_scale=None, drop_path=0.0)
     x = torch.randn(2, 3, 5, 8)
     torch.testing.assert_close(block(x.flatten(1, 2), (3, 5)), block(x).flatten(1, 2))
 

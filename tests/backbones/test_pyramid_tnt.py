@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from densezoo.backbones import create_model, load_checkpoint
+from densezoo.backbones.layers import LayerNorm
 from densezoo.backbones.pyramid_tnt import Merge, PairTable, PyramidTNT, ReducedAttention, Stem, average
 
 # name -> published parameters in millions
@@ -83,7 +84,7 @@ def test_average():
 @torch.no_grad()
 def test_attention_by_its_formula():
     torch.manual_seed(0)
-    attention, x = ReducedAttention(dim=8, num_heads=2, sr_ratio=2).eval(), torch.randn(1, 4, 6, 8)
+    attention, x = ReducedAttention(dim=8, num_heads=2, norm=LayerNorm, sr_ratio=2).eval(), torch.randn(1, 4, 6, 8)
     bias = torch.randn(1, 2, 24, 6)
     source = attention.norm(attention.linear(F.avg_pool2d(x.permute(0, 3, 1, 2), 2).flatten(2).transpose(1, 2)))
     query, (key, value) = attention.q(x.flatten(1, 2)), attention.kv(source).chunk(2, -1)
@@ -100,7 +101,7 @@ def test_words_lie_as_in_the_image():
     """Words of neighbouring sentences are neighbours: merging them is one convolution over the whole map, but for the
     borders of 8 x 8 words."""
     torch.manual_seed(0)
-    merge = Merge(4, 6, 3, 5, pairs=PairTable(1, (2, 2), 1)).eval()
+    merge = Merge(4, 6, 3, 5, norm=LayerNorm, pairs=PairTable(1, (2, 2), 1)).eval()
     image = torch.randn(1, 16, 16, 3)  # words of 4 x 4 sentences
     words = image.reshape(1, 4, 4, 4, 4, 3).transpose(2, 3).flatten(3, 4)
     _, merged, bias = merge((torch.randn(1, 4, 4, 4), words))

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from densezoo.backbones import create_model, load_checkpoint
+from densezoo.backbones.layers import LayerNorm
 from densezoo.backbones.t2t_vit import T2TViT, TokenPerformer, TokensToToken, TokenTransformer, sinusoids, soft_split
 
 # name -> parameters in millions; to the unit where they were counted in the authors' code, else as published
@@ -82,7 +83,7 @@ def test_soft_split_is_unfold(kernel, stride, padding):
 @torch.no_grad()
 def test_many_random_features_come_near_softmax():
     torch.manual_seed(0)
-    attention = TokenPerformer(in_dim=8, dim=4, features=20000).eval()
+    attention = TokenPerformer(in_dim=8, dim=4, norm=LayerNorm, features=20000).eval()
     attention.w.normal_()
     query, key, value = torch.randn(3, 1, 50, 4) * 0.4
     exact = F.scaled_dot_product_attention(query, key, value, scale=1.0)
@@ -92,7 +93,7 @@ def test_many_random_features_come_near_softmax():
 @torch.no_grad()
 def test_token_transformer_scales_by_the_input():
     torch.manual_seed(0)
-    block, x = TokenTransformer(in_dim=12, dim=4).eval(), torch.randn(2, 9, 12)
+    block, x = TokenTransformer(in_dim=12, dim=4, norm=LayerNorm).eval(), torch.randn(2, 9, 12)
     query, key, value = block.qkv(block.norm1(x)).chunk(3, -1)
     mixed = ((query @ key.transpose(1, 2)) * 12**-0.5).softmax(-1) @ value
     expected = value + block.proj(mixed)
@@ -113,7 +114,7 @@ def test_positions_are_not_trained():
 
 def test_a_map_of_other_shape_than_square_keeps_its_rows_and_columns():
     torch.manual_seed(0)
-    embed = TokensToToken(in_channels=3, dim=8, token_dim=4, tokens='performer').eval()
+    embed = TokensToToken(in_channels=3, dim=8, token_dim=4, tokens='performer', norm=LayerNorm).eval()
     assert embed(torch.randn(1, 3, 33, 70)).shape == (1, 3, 5, 8)
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from densezoo.backbones import create_model, load_checkpoint
+from densezoo.backbones.layers import norm_factory
 from densezoo.backbones.tnt import TNT, Gate, SplitAttention, WordEmbed
 
 
@@ -96,7 +97,7 @@ def test_windows_as_large_as_the_grid_differ_by_the_class_token_alone():
 @torch.no_grad()
 def test_gate():
     torch.manual_seed(0)
-    gate, x = Gate(8), torch.randn(2, 5, 8)
+    gate, x = Gate(8, norm=norm_factory('layer_eps5')), torch.randn(2, 5, 8)
     mean = F.layer_norm(x.mean(1), (8,), gate.fc[0].weight, gate.fc[0].bias, 1e-5)
     scale = torch.tanh(gate.fc[3](F.relu(gate.fc[1](mean))))
     torch.testing.assert_close(gate(x), x * (1 + scale[:, None]))

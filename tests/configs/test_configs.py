@@ -34,10 +34,17 @@ def test_there_are_configs_for_every_task():
         assert tasks >= {'classification', 'detection', 'instance', 'segmentation', 'restoration'}
 
 
-# The universal heads have tens of millions of parameters, whatever the backbone: by default those of one are built,
-# and one head takes its step.
+# The universal heads have tens of millions of parameters, and two-stage detectors take seconds per step, whatever the
+# backbone: by default those of a few backbones are built and take their step.
 BUILT_LATER = [name for name in NAMES if name.startswith('universal/') and 'poolformer' not in name]
 STEPPED_LATER = [name for name in NAMES if name.startswith('universal/') and 'poolformer_s12_mask2former' not in name]
+STEPPED_LATER += [
+    name
+    for name in NAMES
+    if name.startswith('detection/')
+    and ('rcnn' in name or 'cascade' in name)
+    and not name.split('/')[1].startswith(('poolformer_s12', 'swin_tiny_maskrcnn', 'uvit'))
+]
 
 
 def each(later: list[str]) -> list:

@@ -80,11 +80,12 @@ def coins(tmp_path_factory) -> Path:
     ('task', 'options', 'metric', 'keys'),
     [
         ('detection', ['model.head.num_classes=1', 'model.neck.out_channels=16', *RANGE], 'coco/bbox_mAP', {'boxes'}),
-        (
+        pytest.param(
             'instance',
             ['model.head.num_classes=1', 'model.neck.out_channels=16', *RANGE],
             'coco/segm_mAP',
             {'boxes', 'masks'},
+            marks=pytest.mark.slow,  # half a minute, for what detection and the heads' own tests go through
         ),
         (
             'segmentation',

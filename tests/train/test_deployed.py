@@ -108,6 +108,8 @@ def agree(ours, expected, limit=30):
         'results',
         'two stages',
         'masks',
+        'end to end',
+        'nothing to suppress',
         'restored',
         'universal',
         'oneformer',

@@ -338,7 +338,7 @@ def test_restoration_options():
     ) == evaluate(RestorationMetric(baselines=(), crop_border=4), [{'clean': clean}], [{'image': noisy}])
     outside = evaluate(RestorationMetric(baselines=()), [{'clean': clean}], [{'image': clean + 7 * (clean == 1)}])
     assert outside['psnr'] == math.inf  # clamped as a picture is
-    with pytest.raises(ValueError, match=r"baselines must be of input, blur, nlm, got baselines=\('bm3d',\)"):
+    with pytest.raises(ValueError, match=r"baselines must be of input, blur, nlm, telea, got baselines=\('bm3d',\)"):
         RestorationMetric(baselines=('bm3d',))
     with pytest.raises(ValueError, match=r'restored picture has size \(48, 47\), the clean one \(48, 48\)'):
         evaluate(RestorationMetric(), [{'clean': clean}], [{'image': noisy[..., 1:]}])
