@@ -182,6 +182,7 @@ ELSEWHERE = ('MaskRCNN',)  # test_deployable builds that engine
 # Their operations are those of the heads that are tried by default; the heads' own tests export them without ONNX.
 SLOW = ('ATSS', 'CascadeRCNN', 'GFL', 'DETR', 'DeformableDETR', 'UPerNet', 'SegFormerHead', 'DeepLabV3Plus', 'FCN')
 SLOW += ('Mask2Former', 'OneFormer', 'KMaXDeepLab')  # graphs of a thousand nodes take their time
+SLOW += ('OwnRestorer',)  # adds nothing to networks that test_restorers exports
 
 
 @pytest.mark.parametrize(
