@@ -1,7 +1,6 @@
 """Write docs/results.md, docs/models.md, their pictures and the README's table from finished runs.
 
-for task in classification detection instance segmentation restoration classification_cct classification_dhvt \
-    segmentation_sbcb segmentation_upernet segmentation_segformer segmentation_deeplabv3plus segmentation_gnconv; do
+for task in classification detection instance segmentation restoration; do      # and any that COMPARISONS names
     python tools/train.py quickstart/$task --work-dir runs/$task
 done
 for what in backbones hilo window loop pipeline peers; do
@@ -58,6 +57,32 @@ COMPARISONS = (
         what='backbone',
         figures={'accuracy/top1': 'top-1'},
         runs={'classification': 'CAFormer', 'classification_cct': 'CCT', 'classification_dhvt': 'DHVT'},
+    ),
+    Comparison(
+        title='Binarized and multiplication-free',
+        what='backbone',
+        figures={'accuracy/top1': 'top-1'},
+        runs={
+            'classification_swin': 'Swin, full precision',
+            'classification_bivit': 'BiViT, taught by it',
+            'classification_pvt': 'PVTv2, full precision',
+            'classification_ecoformer': 'EcoFormer, taught by it',
+            'classification_shiftadd': 'ShiftAddViT, taught by it',
+        },
+    ),
+    Comparison(
+        title='Detectors',
+        what='head',
+        figures={'coco/bbox_mAP_50': 'AP50', 'coco/bbox_mAP': 'AP'},
+        runs={
+            'detection': 'Faster R-CNN',
+            'detection_cascade': 'Cascade R-CNN',
+            'detection_fcos': 'FCOS',
+            'detection_atss': 'ATSS',
+            'detection_gfl': 'GFL',
+            'detection_rtdetr': 'RT-DETR',
+            'detection_deformable': 'Deformable DETR',
+        },
     ),
     Comparison(
         title='Segmentation heads',
