@@ -21,12 +21,12 @@ from .layers.norm import NormFactory
 from .layers.patches import build_stem
 from .layers.positions import PositionTable
 from .layers.scale import fold_scale
-from .layers.token_attention import TOKEN_MIXERS, linear_rows, split_heads
+from .layers.token_attention import TOKEN_MIXERS, HeadSplit
 from .plain import Plain, block_windows, check_plain, grid_of
 from .registry import register, weights
 
 
-class TalkingHeads(nn.Module):
+class TalkingHeads(HeadSplit):
     """Attention whose heads are mixed linearly before and after the softmax; (B, N, C) -> (B, N, C).
 
     out = W softmax(L (scale q . k) + l) + w applied to v, with (h, h) matrices L and W across the heads.
@@ -52,18 +52,6 @@ class TalkingHeads(nn.Module):
     # ---- the steps, see `reduction.interface`
 
     any_tokens: ClassVar[bool] = True
-
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        B, N, _ = x.shape
-        query, key, value = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        return query, key, value
-
-    def query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        query, key = split_heads(linear_rows(self.qkv, x, 0, 2), self.num_heads, 2)
-        return query, key
-
-    def value(self, x: Tensor) -> Tensor:
-        return split_heads(linear_rows(self.qkv, x, 2, 3), self.num_heads, 1)[0]
 
     def weigh(self, query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
         logits = self._mix((query * self.scale) @ key.transpose(-2, -1), self.proj_l)

@@ -23,6 +23,7 @@ from .layers import ConvDownsample, Mlp, TokenAttention, TokenBlock, drop_path_s
 from .layers.grid import ceil_div
 from .layers.positions import PositionTable
 from .layers.resize import resize_table
+from .layers.token_attention import split_heads
 from .plain import Plain, check_plain, grid_of
 from .registry import register, weights
 
@@ -60,7 +61,7 @@ class PartAttention(TokenAttention):
         qkv = F.pad(self.qkv(x).unflatten(1, grid), (0, 0, 0, n * wide - width, 0, n * high - height))
         qkv = qkv.unflatten(2, (n, wide)).unflatten(1, (n, high))  # (B, n, high, n, wide, 3C)
         qkv = qkv.transpose(2, 3).reshape(x.shape[0] * n * n, high * wide, -1)
-        query, key, value = self._split(qkv)
+        query, key, value = split_heads(qkv, self.num_heads, 3)
         out = self._attend(query, key, value, self._outside(grid, (high, wide), x)).transpose(1, 2)
         out = out.reshape(x.shape[0], n, n, high, wide, -1).transpose(2, 3)
         out = out.reshape(x.shape[0], n * high, n * wide, -1)[:, :height, :width]

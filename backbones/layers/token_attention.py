@@ -89,7 +89,29 @@ GATES: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 
-class TokenAttention(nn.Module):
+class HeadSplit(nn.Module):
+    """Queries, keys and values of tokens (B, N, C), each (B, h, N, d), all from one layer `qkv`."""
+
+    qkv: Any  # nn.Linear, or what took its place
+    num_heads: int
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = split_heads(self.qkv(x), self.num_heads, 3)
+        return query, key, value
+
+    def query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if not isinstance(self.qkv, nn.Linear):
+            return self.split(x)[:2]
+        query, key = split_heads(linear_rows(self.qkv, x, 0, 2), self.num_heads, 2)
+        return query, key
+
+    def value(self, x: Tensor) -> Tensor:
+        if not isinstance(self.qkv, nn.Linear):
+            return self.split(x)[2]
+        return split_heads(linear_rows(self.qkv, x, 2, 3), self.num_heads, 1)[0]
+
+
+class TokenAttention(HeadSplit):
     """The formula above on (B, N, C), the first P tokens being prefix tokens.
 
     Args:
@@ -155,18 +177,12 @@ class TokenAttention(nn.Module):
                 logarithm of their sizes, (B, 1, 1, N).
             outputs: of the first tokens alone, without windows; None computes all.
         """
-        qkv = self.qkv(x)
         if self.window_size is not None:
-            out = self._in_windows(qkv, grid, bias)
-        else:
-            query, key, value = self._split(qkv)
-            if self.training and self.key_drop:
-                key, value, bias = self._drop_keys(key, value, bias)
-            query = query if outputs is None else query[:, :, :outputs]
-            out = self._attend(query, key, value, bias).transpose(1, 2)
-        if self.gate is not None:
-            out = out * self.gate(x if outputs is None else x[:, :outputs])
-        return self.proj(out.flatten(2))
+            return self.join(self._in_windows(self.qkv(x), grid, bias), x)
+        query, key, value = self.split(x)
+        if outputs is not None:
+            query, x = query[:, :, :outputs], x[:, :outputs]
+        return self.join(self.attend(query, key, value, bias), x)
 
     # ---- the steps, for what reduces tokens between them: see `backbones.reduction.interface`
 
@@ -174,22 +190,6 @@ class TokenAttention(nn.Module):
     def any_tokens(self) -> bool:
         """Whether tokens may be fewer and in another order than the grid has them."""
         return self.window_size is None
-
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of (B, N, C), each (B, h, N, d)."""
-        query, key, value = self._split(self.qkv(x))
-        return query, key, value
-
-    def query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if not isinstance(self.qkv, nn.Linear):
-            return self.split(x)[:2]
-        query, key = split_heads(linear_rows(self.qkv, x, 0, 2), self.num_heads, 2)
-        return query, key
-
-    def value(self, x: Tensor) -> Tensor:
-        if not isinstance(self.qkv, nn.Linear):
-            return self.split(x)[2]
-        return split_heads(linear_rows(self.qkv, x, 2, 3), self.num_heads, 1)[0]
 
     def weigh(self, query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
         """p, (B, h, N, M)."""
@@ -209,11 +209,6 @@ class TokenAttention(nn.Module):
             out = out * self.gate(x)
         return self.proj(out.flatten(2))
 
-    def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values, each (B, h, N, d)."""
-        B, N, C3 = qkv.shape
-        return qkv.reshape(B, N, 3, self.num_heads, C3 // 3 // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
-
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
         drop = self.attn_drop if self.training else 0.0
         if self.softmax is None:
@@ -222,18 +217,18 @@ class TokenAttention(nn.Module):
         return F.dropout(self.softmax(logits if bias is None else logits + bias), drop, self.training) @ value
 
     def _in_windows(self, qkv: Tensor, grid: tuple[int, int], bias: Tensor | None) -> Tensor:
-        """(B, N, h, d)."""
+        """(B, h, N, d)."""
         if bias is not None:
             raise ValueError('windows take no bias: merged tokens lie on no grid')
         patches = window_attention(
             qkv[:, self.prefix :].unflatten(1, grid), self.window_size or 1, heads=self.num_heads, scale=self.scale
         )
         out = patches.flatten(1, 2).unflatten(2, (self.num_heads, -1))
-        if not self.prefix:
-            return out
-        query, key, value = self._split(qkv)
-        ahead = self._attend(query[:, :, : self.prefix], key, value, None)
-        return torch.cat((ahead.transpose(1, 2), out), 1)
+        if self.prefix:
+            query, key, value = split_heads(qkv, self.num_heads, 3)
+            ahead = self._attend(query[:, :, : self.prefix], key, value, None)
+            out = torch.cat((ahead.transpose(1, 2), out), 1)
+        return out.transpose(1, 2)
 
     def _drop_keys(self, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Those of the prefix tokens and of M - P patches, each image's own draw."""

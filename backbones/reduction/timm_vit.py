@@ -27,8 +27,7 @@ class TimmBlock:
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attn = self.block.attn
-        qkv = attn.qkv(self.block.norm1(x)).reshape(*x.shape[:2], 3, attn.num_heads, attn.head_dim)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        query, key, value = split_heads(attn.qkv(self.block.norm1(x)), attn.num_heads, 3)
         return attn.q_norm(query), attn.k_norm(key), value
 
     def query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -219,7 +219,7 @@ def test_dropped_keys():
     torch.manual_seed(1)
     first, second = attention(x, (3, 3)), attention(x, (3, 3))
     assert not torch.equal(first, second)
-    _, key, value = attention._split(attention.qkv(x))
+    _, key, value = attention.split(x)
     sizes = torch.arange(10.0).expand(3, 1, 1, 10)
     key_kept, value_kept, kept = attention._drop_keys(key, value, sizes)
     assert key_kept.shape == (3, 2, 1 + 4, 4) and value_kept.shape == key_kept.shape
