@@ -15,10 +15,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from densezoo.backbones import AnySize, FixedSize, Resampled, create_model, list_models
+from densezoo.backbones.macs import count_macs
 from densezoo.kernels import record_choices
 from densezoo.tools.common import report_errors
 
@@ -55,12 +54,11 @@ def describe(name: str, *, size: int | None = None, dense: bool = False) -> dict
         side = size if size is not None and model.sizes.dynamic else model.default_cfg['input_size'][-1]
         if model.sizes.dynamic:
             side = max(side, model.sizes.minimum)
-        image = torch.empty(1, 3, side, side)
     return {
         'name': name,
         'size': side,
         'params': sum(p.numel() for p in model.parameters()) / 1e6,
-        'macs': count_macs(model, image) / 1e9,
+        'macs': count_macs(model, (side, side), as_it_runs=True) / 1e9,
         'top1': model.metadata.get('top1'),
         'pyramid': _sizes(model.sizes),
         'export': 'batch, size' if model.sizes.dynamic else 'batch',
@@ -73,13 +71,6 @@ def _sizes(sizes: AnySize | FixedSize) -> str:
     if isinstance(sizes, FixedSize):
         return '{}x{}'.format(*sizes.height_width)
     return 'any size, resampled' if isinstance(sizes, Resampled) else 'any size'
-
-
-def count_macs(model: nn.Module, image: torch.Tensor) -> float:
-    """Multiply-adds of convolutions and matrix products for one forward pass."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(image)
-    return counter.get_total_flops() / 2
 
 
 def measure(

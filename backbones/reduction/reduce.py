@@ -9,8 +9,8 @@ from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from ..layers.lookup import choose, nearest
+from ..macs import count_macs, on_meta
 from .interface import METHODS, Reduction, TokenModel
-from .macs import count_macs, on_meta
 from .schedule import SETTINGS, Schedule, make_schedule
 from .timm_vit import REDUCED, describe_timm
 

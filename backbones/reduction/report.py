@@ -10,8 +10,8 @@ import torch
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
+from ..macs import count_macs, image_channels, on_meta, same_weights
 from .interface import Tokens
-from .macs import count_macs, on_meta, same_weights
 from .timm_vit import REDUCED
 
 
@@ -89,7 +89,10 @@ def report(
     light = on_meta(model)
     without = unreduced(light)
     if images is None:
-        tokens = tuple(float(each.x.shape[1]) for each in trace_tokens(light, _empty(light, size)))
+        tokens = tuple(
+            float(each.x.shape[1])
+            for each in trace_tokens(light, torch.empty(1, image_channels(light), *size, device='meta'))
+        )
     else:
         counts = [_counted(each) for each in trace_tokens(model, images)]
         tokens = tuple(float(count.float().mean()) for count in counts)
@@ -177,15 +180,10 @@ def _counted(tokens: Tokens) -> Tensor:
     return torch.full((tokens.x.shape[0],), tokens.x.shape[1], device=tokens.x.device)
 
 
-def _empty(model: nn.Module, size: tuple[int, ...]) -> Tensor:
-    channels = next(part.in_channels for part in model.modules() if isinstance(part, nn.Conv2d))
-    return torch.empty(1, channels, *size, device='meta')
-
-
 @torch.no_grad()
 def _throughput(model: nn.Module, size: tuple[int, ...], batch: int, repeats: int) -> tuple[float, float]:
     first = next(model.parameters())
-    images = torch.randn(batch, _empty(model, size).shape[1], *size, device=first.device, dtype=first.dtype)
+    images = torch.randn(batch, image_channels(model), *size, device=first.device, dtype=first.dtype)
     sides = [same_weights(model).eval(), unreduced(model).eval()]
     times: list[list[float]] = [[], []]
     for _ in range(repeats + 1):  # the first pass warms up

@@ -338,6 +338,7 @@ def test_report_counts():
     assert found.macs_run < found.macs and found.tokens == (33, 29, 25)
     assert found.images_per_second > 0 and 'images/s' in str(found)
     assert report(model, images=images(model)).macs_of_images == (found.macs, found.macs)
+    assert report(reduce_tokens(small('t2t_vit_7'), 'tome', r=4)).share < 1  # whose stem has no convolution
     with pytest.raises(ValueError, match=r'the model has no reduction, got DeiT; make one with reduce_tokens'):
         report(small('deit_tiny_patch16_224'))
 

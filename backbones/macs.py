@@ -41,7 +41,7 @@ def count_macs(
         as_it_runs: otherwise all blocks are counted in full, as papers do, also where the last one of a classifier
             computes the prefix tokens alone.
     """
-    x = torch.empty(1, _channels(model), *(image_size or ()), device='meta') if image is None else image
+    x = torch.empty(1, image_channels(model), *(image_size or ()), device='meta') if image is None else image
     # the counter does not know the fused attention of CPUs
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         if as_it_runs or getattr(model, 'features_only', False) or not hasattr(model, 'forward_head'):
@@ -51,6 +51,7 @@ def count_macs(
     return counter.get_total_flops() / 2
 
 
-def _channels(model: nn.Module) -> int:
-    """Of the images, by the first convolution."""
-    return next(part.in_channels for part in model.modules() if isinstance(part, nn.Conv2d))
+def image_channels(model: Any) -> int:
+    """Of the images: as the model says, timm's by the first convolution."""
+    own = getattr(model, 'in_chans', None)
+    return own or next(part.in_channels for part in model.modules() if isinstance(part, nn.Conv2d))
