@@ -104,11 +104,15 @@ class PanopticFolder(_Universal):
         self._class_of = torch.tensor([names.index(name) for name in self.metainfo['classes']], dtype=torch.int64)
         self.metainfo |= self._semantic.metainfo
         self.metainfo['things'] = tuple(sorted(self._class_of.tolist()))
-        self.metainfo['category_ids'] = _in_class_order(dict(zip(self._class_of.tolist(), categories)), len(names))
-        found = (self.file(record) in self._mask_of for record in self._records.tolist())
-        missing = [record for record, there in zip(self._records.tolist(), found) if not there]
-        problems = [(str(self.file(record)), 'has no semantic mask') for record in missing]
-        self._start(0, problems, keep=[record for record in self._records.tolist() if record not in set(missing)])
+        category_of = dict(zip(self._class_of.tolist(), categories))
+        self.metainfo['category_ids'] = [category_of.get(label) for label in range(len(names))]
+        keep, problems = [], []
+        for record in self._records.tolist():
+            if self.file(record) in self._mask_of:
+                keep.append(record)
+            else:
+                problems.append((str(self.file(record)), 'has no semantic mask'))
+        self._start(0, problems, keep=keep)
 
     def inspect(self, record: int) -> None:
         super().inspect(record)
@@ -248,7 +252,3 @@ def _numbered(data: dict[str, Any]) -> dict[str, Any]:
         'images': [{**image, 'id': number} for number, image in enumerate(images, 1)],
         'annotations': [{**one, 'image_id': numbers.get(one.get('image_id'), -1)} for one in annotations],
     }
-
-
-def _in_class_order(categories: Mapping[int, int], count: int) -> list[int | None]:
-    return [categories.get(label) for label in range(count)]
