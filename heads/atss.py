@@ -7,7 +7,6 @@ Differs: boxes that clipping leaves empty are dropped (min_size=-1 keeps them).
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from . import detection as det
 from .fcos import centre_weight
 from .one_stage import IOU_LOSSES, Candidates, OneStage, Scale, by_location, tower
 from .pyramid import FeatureInfo, choose, positive
+from .renaming import rename
 
 # B pictures, K classes, N anchors of all levels, T boxes of the batch
 
@@ -241,8 +241,7 @@ def convert(state: dict[str, Any]) -> dict[str, Any]:
     """The head's entries under the names of MMDetection's ATSSHead or GFLHead, renamed to ours."""
     renamed = {}
     for key, value in state.items():
-        for pattern, replacement in _RENAMES:
-            key = re.sub(pattern, replacement, key)
+        key = rename(key, _RENAMES)
         if key != 'integral.project':  # the numbers 0 to reg_max, which we compute
             renamed[key] = value
     return renamed

@@ -32,6 +32,14 @@ class ConvNormReLU(nn.Module):
         return F.relu(self.bn(self.conv(x)))
 
 
+def classifier(channels: int, num_classes: int) -> nn.Conv2d:
+    """1x1 convolution to logits that are nearly 0 at first: weights of deviation 0.01."""
+    conv = nn.Conv2d(channels, num_classes, 1)
+    nn.init.normal_(conv.weight, std=0.01)
+    nn.init.zeros_(conv.get_parameter('bias'))
+    return conv
+
+
 class SeparableConv(nn.Module):
     """3x3 depthwise convolution, norm, ReLU, then a 1x1 convolution, norm, ReLU."""
 

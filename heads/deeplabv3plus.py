@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .conv import ConvNormReLU, SeparableConv
+from .conv import ConvNormReLU, SeparableConv, classifier
 from .pyramid import FeatureInfo, positive
 from .segmentation import SegmentationHead, resize
 from .upernet import AveragePool
@@ -78,9 +78,7 @@ class DeepLabV3Plus(SegmentationHead):
             SeparableConv(channels + low_channels, channels, norm=norm), SeparableConv(channels, channels, norm=norm)
         )
         self.dropout = nn.Dropout2d(dropout)
-        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
-        nn.init.normal_(self.conv_seg.weight, std=0.01)
-        nn.init.zeros_(self.conv_seg.get_parameter('bias'))
+        self.conv_seg = classifier(channels, num_classes)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """List of maps -> logits (B, K, h, w) at the first map's size."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import detection as det
 from .detr import Stack, check_width
 from .pyramid import FeatureInfo, Size, norm_layer, positive
+from .renaming import rename
 from .set_prediction import SetDetector, by_layer, inverse_sigmoid
 from .transformer import (
     MLP,
@@ -329,8 +330,7 @@ def convert(state: dict[str, Any], maps: int, refine: bool) -> dict[str, Any]:
     for key, value in state.items():
         key = re.sub(r'^neck\.extra_convs\.(\d+)\.', lambda match: f'neck.convs.{int(match[1]) + maps}.', key)
         key = re.sub(r'^transformer\.decoder\.(bbox|class)_embed\.', r'\1_embed.', key)  # the same tensors again
-        for pattern, replacement in _RENAMES:
-            key = re.sub(pattern, replacement, key)
+        key = rename(key, _RENAMES)
         if authors and key.startswith('decoder.'):
             key = re.sub('norm[12]', lambda match: _SWAPPED[match[0]], key)
         shared = re.match(r'(class|bbox)_embed\.(\d+)\.', key)

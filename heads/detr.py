@@ -6,7 +6,6 @@ L1 and GIoU of matched pairs, of every layer. Targets are torchvision's; `size` 
 Differs: boxes without area are left out.
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .pyramid import FeatureInfo, Size, positive
+from .renaming import rename
 from .set_prediction import SetDetector
 from .transformer import MLP, DecoderLayer, EncoderLayer, padding_of, sine_positions, valid_cells
 
@@ -171,9 +171,4 @@ _RENAMES = (
 
 def convert(state: dict[str, Any]) -> dict[str, Any]:
     """The head's entries of a state dict under the authors' or MMDetection's names, renamed to ours."""
-    renamed = {}
-    for key, value in state.items():
-        for pattern, replacement in _RENAMES:
-            key = re.sub(pattern, replacement, key)
-        renamed[key] = value
-    return renamed
+    return {rename(key, _RENAMES): value for key, value in state.items()}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .conv import ConvNormReLU
+from .conv import ConvNormReLU, classifier
 from .pyramid import FeatureInfo
 from .segmentation import SegmentationHead
 
@@ -71,9 +71,7 @@ class FCN(SegmentationHead):
         )
         self.conv_cat = ConvNormReLU(width + channels, channels, kernel, norm=norm) if concat_input else None
         self.dropout = nn.Dropout2d(dropout)
-        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
-        nn.init.normal_(self.conv_seg.weight, std=0.01)
-        nn.init.zeros_(self.conv_seg.get_parameter('bias'))
+        self.conv_seg = classifier(channels, num_classes)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """List of maps -> logits (B, K, h, w) at the size of the map that is read."""

@@ -22,6 +22,7 @@ from torchvision.ops import sigmoid_focal_loss
 from . import detection as det
 from .one_stage import IOU_LOSSES, Candidates, OneStage, Scale, by_location
 from .pyramid import FeatureInfo, choose, norm_layer, positive
+from .renaming import rename
 
 
 class FCOS(OneStage):
@@ -221,8 +222,7 @@ def convert(state: dict[str, Any]) -> dict[str, Any]:
     """The head's entries under the names of MMDetection's FCOSHead (conv_bias=True), renamed to torchvision's."""
     renamed = {}
     for key, value in state.items():
-        for pattern, replacement in _RENAMES:
-            key = re.sub(pattern, replacement, key)
+        key = rename(key, _RENAMES)
         # torchvision's towers are flat: convolution, norm, ReLU.
         key = re.sub(r'\.conv\.(\d+)\.conv\.', lambda match: f'.conv.{3 * int(match[1])}.', key)
         key = re.sub(r'\.conv\.(\d+)\.gn\.', lambda match: f'.conv.{3 * int(match[1]) + 1}.', key)

@@ -17,6 +17,7 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxP
 
 from .conv import MixedMap, MixerSpec
 from .pyramid import FeatureInfo, PyramidInfo, choose, norm_layer, positive
+from .renaming import rename
 
 
 class P6P7(LastLevelP6P7):
@@ -103,8 +104,7 @@ def convert(state: dict[str, Any], levels: int) -> dict[str, Any]:
     """
     renamed = {}
     for key, value in state.items():
-        for pattern, replacement in _RENAMES:
-            key = re.sub(pattern, replacement, key)
+        key = rename(key, _RENAMES)
         match = re.match(r'layer_blocks\.(\d+)\.0\.(.+)', key)
         if match and int(match[1]) >= levels:
             key = f'extra_blocks.p{6 + int(match[1]) - levels}.{match[2]}'

@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.precision import full_precision
 from . import kmax_loss
 from .kmax_decoder import KMaXDecoder, Prediction, SemanticPredictor
 from .kmax_pixel_decoder import ConvNorm, KMaXPixelDecoder
 from .pyramid import FeatureInfo, choose
 from .segments import IGNORE
-from .universal import Segments, UniversalHead, full_precision
+from .universal import Segments, UniversalHead, at_least_float32
 
 # B batch, Q queries, K classes, M segments of the fullest picture, H W pixels, h w those of the finest map
 
@@ -148,8 +149,8 @@ class KMaXDeepLab(UniversalHead):
         over the layers before, and 'loss_semantic' of the auxiliary branch."""
         predictions = self.predictions(features)
         semantic = self._semantic(features)
-        with torch.autocast(predictions[-1].masks.device.type, enabled=False):
-            *layers, last = (Prediction(*map(full_precision, p)) for p in predictions)
+        with full_precision(predictions[-1].masks):
+            *layers, last = (Prediction(*map(at_least_float32, p)) for p in predictions)
             segments, labels = self._sampled(targets, features)
             final = truth = kmax_loss.match(last, segments)
             losses = {f'loss_{name}': value for name, value in self._terms(last, final).items()}
@@ -178,7 +179,7 @@ class KMaXDeepLab(UniversalHead):
         if self.auxiliary_semantic_predictor is None:
             return None
         maps = (features[-1], features[-3], features[-4]) if self.auxiliary == 'decoder' else features[-1:]
-        return full_precision(self.auxiliary_semantic_predictor(*maps))
+        return at_least_float32(self.auxiliary_semantic_predictor(*maps))
 
     def _semantic_loss(self, logits: Tensor, labels: Tensor, truth: kmax_loss.Truth) -> Tensor:
         samples = self.semantic_samples

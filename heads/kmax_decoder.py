@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from timm.layers import DropPath, trunc_normal_tf_
 from torch import Tensor, nn
 
+from ..kernels.precision import full_precision
 from .kmax_pixel_decoder import ConvNorm, batch_norm, corners
 from .pyramid import positive
-from .universal import full_precision
+from .universal import at_least_float32
 
 # B batch, C channels, H W size of a map, Q queries, K classes, h heads, d head width
 
@@ -74,7 +75,7 @@ class QueryAttention(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """(B, h, d, Q) each -> (B, h d, Q)."""
         scores = self.batch_norm_similarity(query.transpose(2, 3) @ key)
-        weights = full_precision(scores).softmax(-1).to(value.dtype)
+        weights = at_least_float32(scores).softmax(-1).to(value.dtype)
         return F.gelu(self.batch_norm_retrieved_value((value @ weights.transpose(2, 3)).flatten(1, 2)))
 
 
@@ -128,8 +129,8 @@ def assign(masks: Tensor, values: Tensor) -> Tensor:
     """Sum over each query's pixels: masks (B, Q, H, W), values (B, C, HW) -> (B, C, Q), in float32 at least."""
     owner = masks.flatten(2).argmax(1)  # (B, HW)
     owned = owner[:, None] == torch.arange(masks.shape[1], device=masks.device)[:, None]  # (B, Q, HW)
-    with torch.autocast(values.device.type, enabled=False):
-        values = full_precision(values)
+    with full_precision(values):
+        values = at_least_float32(values)
         return values @ owned.to(values.dtype).transpose(1, 2)
 
 

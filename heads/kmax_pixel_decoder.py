@@ -14,7 +14,7 @@ from timm.layers import DropPath, LayerNorm2d, trunc_normal_tf_
 from torch import Tensor, nn
 
 from .pyramid import FeatureInfo, PyramidInfo, choose
-from .universal import full_precision
+from .universal import at_least_float32
 
 # B batch, C channels, H W size of a map, L length of one axis, h heads, d head width
 
@@ -126,7 +126,7 @@ class AxialAttention(nn.Module):
             1,
         )
         scores = self.batch_norm_similarity(scores).unflatten(1, (3, heads)).sum(1)
-        weights = full_precision(scores).softmax(-1).to(value.dtype)
+        weights = at_least_float32(scores).softmax(-1).to(value.dtype)
         content = value @ weights.transpose(2, 3)
         position = torch.einsum('nhqk,qkd->nhdq', weights, self.value_rpe(length))
         out = self.batch_norm_retrieved_output(torch.cat([content, position], 1).flatten(1, 2))

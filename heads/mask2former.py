@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.precision import full_precision
 from . import mask_loss
 from .mask2former_decoder import MaskedDecoder
 from .mask2former_pixel_decoder import DeformablePixelDecoder
 from .mask_loss import Points, Weights
 from .pyramid import FeatureInfo, choose
+from .renaming import rename
 from .segments import KINDS
-from .universal import Segments, UniversalHead, full_precision
+from .universal import Segments, UniversalHead, at_least_float32
 
 # B batch, Q queries, K classes, L predictions of the decoder, H W pixels, h w those of the finest map
 
@@ -83,9 +85,9 @@ class MaskHead(UniversalHead):
             classes: L times (B, Q, K + 1) logits.
             masks: L times (B, Q, h, w) logits.
         """
-        with torch.autocast(masks[-1].device.type, enabled=False):
+        with full_precision(masks[-1]):
             return self._set_losses(
-                full_precision(torch.stack(list(classes))), full_precision(torch.stack(list(masks))), segments
+                at_least_float32(torch.stack(list(classes))), at_least_float32(torch.stack(list(masks))), segments
             )
 
     def _set_losses(self, classes: Tensor, masks: Tensor, segments: Segments) -> dict[str, Tensor]:
@@ -219,20 +221,20 @@ class Mask2Former(MaskHead):
 
 
 _RENAMES = (
-    (r'pixel_decoder\.transformer\.level_embed', 'pixel_decoder.level_embed'),
-    (r'pixel_decoder\.transformer\.encoder\.layers', 'pixel_decoder.layers'),
-    (r'pixel_decoder\.adapter_(\d+)\.(weight|bias)', r'pixel_decoder.adapters.\1.conv.\2'),
-    (r'pixel_decoder\.layer_(\d+)\.(weight|bias)', r'pixel_decoder.outputs.\1.conv.\2'),
-    (r'pixel_decoder\.adapter_(\d+)\.norm', r'pixel_decoder.adapters.\1.norm'),
-    (r'pixel_decoder\.layer_(\d+)\.norm', r'pixel_decoder.outputs.\1.norm'),
-    (r'predictor\.static_query', 'predictor.query_feat'),
-    (r'predictor\.transformer_self_attention_layers\.(\d+)\.self_attn', r'predictor.self_attention.\1.attention'),
+    (r'^pixel_decoder\.transformer\.level_embed', 'pixel_decoder.level_embed'),
+    (r'^pixel_decoder\.transformer\.encoder\.layers', 'pixel_decoder.layers'),
+    (r'^pixel_decoder\.adapter_(\d+)\.(weight|bias)', r'pixel_decoder.adapters.\1.conv.\2'),
+    (r'^pixel_decoder\.layer_(\d+)\.(weight|bias)', r'pixel_decoder.outputs.\1.conv.\2'),
+    (r'^pixel_decoder\.adapter_(\d+)\.norm', r'pixel_decoder.adapters.\1.norm'),
+    (r'^pixel_decoder\.layer_(\d+)\.norm', r'pixel_decoder.outputs.\1.norm'),
+    (r'^predictor\.static_query', 'predictor.query_feat'),
+    (r'^predictor\.transformer_self_attention_layers\.(\d+)\.self_attn', r'predictor.self_attention.\1.attention'),
     (
-        r'predictor\.transformer_cross_attention_layers\.(\d+)\.multihead_attn',
+        r'^predictor\.transformer_cross_attention_layers\.(\d+)\.multihead_attn',
         r'predictor.cross_attention.\1.attention',
     ),
-    (r'predictor\.transformer_(self|cross)_attention_layers', r'predictor.\1_attention'),
-    (r'predictor\.transformer_ffn_layers', 'predictor.feed_forward'),
+    (r'^predictor\.transformer_(self|cross)_attention_layers', r'predictor.\1_attention'),
+    (r'^predictor\.transformer_ffn_layers', 'predictor.feed_forward'),
 )
 
 
@@ -246,14 +248,12 @@ def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, value in state.items():
         key = key.removeprefix('sem_seg_head.')
         if key.startswith(('pixel_decoder.', 'predictor.')):
-            converted[rename(key)] = value
+            converted[rename_part(key)] = value
     return converted
 
 
-def rename(key: str) -> str:
-    for pattern, replacement in _RENAMES:
-        key, count = re.subn('^' + pattern, replacement, key)
-        if count:
-            break
+def rename_part(key: str) -> str:
+    """A key of the pixel decoder or of the predictor."""
+    key = rename(key, _RENAMES)
     # The authors count the convolutions of the feature pyramid from 1.
     return re.sub(r'^(pixel_decoder\.(?:adapters|outputs)\.)(\d+)', lambda m: f'{m[1]}{int(m[2]) - 1}', key)

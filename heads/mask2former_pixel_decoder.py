@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.precision import full_precision
 from .pyramid import FeatureInfo, PyramidInfo, Size, norm_layer, positive
 from .transformer import DeformableEncoderLayer, sine_positions
 
@@ -123,7 +124,7 @@ class DeformablePixelDecoder(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> PixelMaps:
         self.inputs.check(features)
         # Places that attention samples need more than the eight bits of a half-precision mantissa.
-        with torch.autocast(features[0].device.type, enabled=False):
+        with full_precision(features[0]):
             return self._forward([f.to(self.level_embed.dtype) for f in features])
 
     def _forward(self, features: Sequence[Tensor]) -> PixelMaps:

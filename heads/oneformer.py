@@ -11,22 +11,23 @@ Differs: without a table of merges text is bytes (a smaller vocabulary); each di
 
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .mask2former import MaskHead, rename
+from ..kernels.precision import full_precision
+from .mask2former import MaskHead, rename_part
 from .mask2former_decoder import MaskedDecoder
 from .mask2former_pixel_decoder import DeformablePixelDecoder, PixelMaps
 from .mask_loss import Points, Weights
 from .pyramid import FeatureInfo
+from .renaming import rename
 from .segments import KINDS
 from .text import TextTransformer, Tokenizer, contrastive_loss
 from .transformer import MLP, DecoderLayer, sine_positions
-from .universal import Segments, full_precision
+from .universal import Segments, at_least_float32
 
 # B batch, Q queries, C width, K classes, T tasks, L predictions of the decoder, h w size of the finest map
 
@@ -240,8 +241,8 @@ class OneFormer(MaskHead):
         classes, masks, queries = self.decode(self.pixel_decoder(features), self.task(kinds))
         losses = self.set_losses(classes, masks, segments)
         texts = self.texts(segments, kinds)
-        with torch.autocast(queries.device.type, enabled=False):
-            contrast = contrastive_loss(full_precision(queries), full_precision(texts), self.logit_scale)
+        with full_precision(queries):
+            contrast = contrastive_loss(at_least_float32(queries), at_least_float32(texts), self.logit_scale)
         losses['loss_contrast'] = self.contrast_weight * contrast
         return losses
 
@@ -267,11 +268,11 @@ class OneFormer(MaskHead):
 _PHOTO = {'semantic': 'a semantic photo', 'instance': 'an instance photo', 'panoptic': 'a panoptic photo'}
 
 _RENAMES = (
-    (r'predictor\.class_transformer\.decoder\.layers', 'predictor.class_layers'),
-    (r'predictor\.class_transformer\.decoder\.norm', 'predictor.class_norm'),
-    (r'criterion\.logit_scale', 'logit_scale'),
-    (r'text_encoder\.transformer\.resblocks\.(\d+)\.mlp\.', r'text_encoder.blocks.\1.'),
-    (r'text_encoder\.transformer\.resblocks', 'text_encoder.blocks'),
+    (r'^predictor\.class_transformer\.decoder\.layers', 'predictor.class_layers'),
+    (r'^predictor\.class_transformer\.decoder\.norm', 'predictor.class_norm'),
+    (r'^criterion\.logit_scale', 'logit_scale'),
+    (r'^text_encoder\.transformer\.resblocks\.(\d+)\.mlp\.', r'text_encoder.blocks.\1.'),
+    (r'^text_encoder\.transformer\.resblocks', 'text_encoder.blocks'),
 )
 
 
@@ -288,7 +289,5 @@ def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         key = key.removeprefix('sem_seg_head.')
         if not key.startswith(parts) and key != 'criterion.logit_scale':
             continue
-        for pattern, replacement in _RENAMES:
-            key = re.sub('^' + pattern, replacement, key)
-        converted[rename(key)] = value
+        converted[rename_part(rename(key, _RENAMES))] = value
     return converted

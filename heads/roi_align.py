@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
+from ..kernels.precision import full_precision
 from .pyramid import Size
 
 SMALL_MAP = 48 * 48  # pixels of a map up to which matrix products beat torchvision's CPU kernel
@@ -103,7 +104,7 @@ def cut_by_kernel(x: Tensor, boxes: Tensor, picture: Tensor, side: int) -> Tenso
 
 def cut_by_matrices(x: Tensor, boxes: Tensor, picture: Tensor, side: int) -> Tensor:
     """The same by two matrix products per picture; gradients flow to x alone."""
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x):
         rows = sampling_matrix(boxes[:, 1], boxes[:, 3], side, x.shape[-2])  # (R, P, h)
         columns = sampling_matrix(boxes[:, 0], boxes[:, 2], side, x.shape[-1])  # (R, P, w)
         cuts = []

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .conv import ConvNormReLU
+from .conv import ConvNormReLU, classifier
 from .pyramid import FeatureInfo, choose, positive
 from .segmentation import SegmentationHead, resize
 from .segmentation import convert as head_entries
@@ -74,9 +74,7 @@ class SegFormerHead(SegmentationHead):
         )
         self.fusion_conv = ConvNormReLU(channels * len(widths), channels, 1, norm=norm)
         self.dropout = nn.Dropout2d(dropout)
-        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
-        nn.init.normal_(self.conv_seg.weight, std=0.01)
-        nn.init.zeros_(self.conv_seg.get_parameter('bias'))
+        self.conv_seg = classifier(channels, num_classes)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """List of maps -> logits (B, K, h, w) at the first map's size."""

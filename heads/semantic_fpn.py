@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .conv import ConvNormReLU
+from .conv import ConvNormReLU, classifier
 from .pyramid import FeatureInfo, positive
 from .segmentation import SegmentationHead, resize
 
@@ -72,9 +72,7 @@ class SemanticFPN(SegmentationHead):
             self.scale_heads.append(nn.Sequential(*layers))
         self.dropout = nn.Dropout2d(dropout)
         self.sub_pixel = positive('sub_pixel', sub_pixel)
-        self.conv_seg = nn.Conv2d(channels, num_classes * sub_pixel**2, 1)
-        nn.init.normal_(self.conv_seg.weight, std=0.01)
-        nn.init.zeros_(self.conv_seg.get_parameter('bias'))
+        self.conv_seg = classifier(channels, num_classes * sub_pixel**2)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """List of maps -> logits (B, K, h, w) at the first map's size, times `sub_pixel`."""

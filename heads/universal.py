@@ -77,7 +77,7 @@ class Reader(NamedTuple):
                     logits = F.interpolate(logits, size=size, mode='bilinear', align_corners=False)
                 probability = logits[0].sigmoid() if self.rule == 'argmax' else logits[0].softmax(0)
                 for task in tasks:
-                    result |= self._read(task, full_precision(kinds).softmax(-1), probability)
+                    result |= self._read(task, at_least_float32(kinds).softmax(-1), probability)
             results.append(result)
         return results
 
@@ -95,7 +95,7 @@ class Reader(NamedTuple):
             largest = [max(sides) for sides in zip(*sizes)]
             size = [seen if side - self.stride < seen <= side else side for seen, side in zip(largest, size)]
             aligned = self.align_corners or size[1] % 2 == 1
-        return F.interpolate(full_precision(masks), size=size, mode='bilinear', align_corners=aligned)
+        return F.interpolate(at_least_float32(masks), size=size, mode='bilinear', align_corners=aligned)
 
     def _read(self, task: str, classes: Tensor, masks: Tensor) -> dict[str, Tensor]:
         if task == 'semantic':
@@ -224,7 +224,7 @@ class UniversalHead(nn.Module):
         return self.reader.results(classes, masks, sizes, original_sizes)
 
 
-def full_precision(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """float32 where it is less."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 

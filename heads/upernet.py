@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .conv import ConvNormReLU, MixedMap, MixerSpec
+from .conv import ConvNormReLU, MixedMap, MixerSpec, classifier
 from .pyramid import FeatureInfo, positive
 from .segmentation import SegmentationHead, resize
 
@@ -124,9 +124,7 @@ class UPerNet(SegmentationHead):
                 ConvNormReLU(every, channels, 1, norm=norm), MixedMap(mixer, channels, norm=norm, relu=True)
             )
         self.dropout = nn.Dropout2d(dropout)
-        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
-        nn.init.normal_(self.conv_seg.weight, std=0.01)
-        nn.init.zeros_(self.conv_seg.get_parameter('bias'))
+        self.conv_seg = classifier(channels, num_classes)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """List of maps -> logits (B, K, h, w) at the first map's size."""
