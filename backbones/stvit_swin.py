@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from .layers import MetaFormerBlock, Mlp, Scale, drop_path_schedule, norm_factory
 from .layers.conv import ConvNorm
-from .layers.grid import ceil_div, to_first, to_last
+from .layers.grid import ceil_div, from_windows, to_first, to_last, to_windows
 from .layers.norm import NormFactory
 from .layers.resize import resize_table
 from .layers.scale import fold_scale
-from .layers.semantic import SemanticAttention, from_windows, patches_around, pool_windows, to_windows
+from .layers.semantic import SemanticAttention, patches_around, pool_windows
 from .plain import grid_of
 from .registry import register, weights
 from .sizes import Resampled

@@ -18,7 +18,7 @@ from .tiles import run_tiles
 from .token_fusion import Fusion, fuse_by_scores, fusion_scores
 from .token_merge import Matching, match_every_kth, match_tokens, merge_source, token_merge, token_unmerge
 from .token_places import falling, mean_to_places, sum_to_places, take_places
-from .window_attention import window_attention
+from .window_attention import window_attention, window_mask
 from .windows import Sets, Windows, build_windows, rotated_sets
 
 __all__ = [
@@ -68,4 +68,5 @@ __all__ = [
     'unpack_signs',
     'use',
     'window_attention',
+    'window_mask',
 ]

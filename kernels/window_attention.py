@@ -131,16 +131,7 @@ def window_attention_reference(
         query, key, value = (t.flatten(0, 1) for t in (query, key, value))  # one bias for all windows
     else:
         query, key, value = (t.flatten(1, 2) for t in (query, key, value))  # one mask for all images
-        vertical, inside_vertical = _labels(Hp, shift[0] * d, top, H, qkv.device)
-        horizontal, inside_horizontal = _labels(Wp, shift[1] * d, left, W, qkv.device)
-        label = vertical[:, None] * 2 + horizontal
-        if outside is None:
-            label = torch.where(inside_vertical[:, None] & inside_horizontal, label, -1)
-        label = label.reshape(rows, wh, d, cols, ww, d).permute(2, 5, 0, 3, 1, 4)
-        # a copy always: whether reshape needs one depends on the number of windows, which may be symbolic
-        label = label.clone(memory_format=torch.contiguous_format).view(-1, 1, wh * ww)
-        allowed = label[..., None, :] == label[..., :, None]
-        seen = torch.zeros_like(allowed, dtype=qkv.dtype).masked_fill(~allowed, float('-inf'))
+        seen = window_mask((H, W), window, shift, pad=pad, dilation=d, hide_padding=outside is None, like=qkv)
         mask = (seen.expand(-1, heads, -1, -1) if mask is None else seen + mask).flatten(0, 1)
     out = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
     out = out.reshape(B * d * d, rows, cols, heads, wh, ww, -1).permute(0, 1, 4, 2, 5, 3, 6)
@@ -180,6 +171,41 @@ def _can_run_in_parts(*tensors: Tensor | None) -> bool:
 
 def _pair(value: Size) -> tuple[int, int]:
     return value if isinstance(value, tuple) else (value, value)
+
+
+def window_mask(
+    size: tuple[int, int],
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    *,
+    pad: tuple[int, int] = (0, 0),
+    dilation: int = 1,
+    hide_padding: bool,
+    like: Tensor,
+) -> Tensor:
+    """What is added to the logits of padded, then shifted windows: 0 where a position sees another, else -inf.
+
+    Args:
+        size: (H, W) of the map.
+        window, shift, pad, dilation: see `window_attention`.
+        hide_padding: positions beyond the map are not seen.
+        like: of the wanted type and device.
+
+    Returns:
+        (windows of an image, 1, N, N).
+    """
+    (wh, ww), d = window, dilation
+    rows, cols = ((n + before + w * d - 1) // (w * d) for n, before, w in zip(size, pad, window))
+    vertical, inside_vertical = _labels(rows * wh * d, shift[0] * d, pad[0], size[0], like.device)
+    horizontal, inside_horizontal = _labels(cols * ww * d, shift[1] * d, pad[1], size[1], like.device)
+    label = vertical[:, None] * 2 + horizontal
+    if hide_padding:
+        label = torch.where(inside_vertical[:, None] & inside_horizontal, label, -1)
+    label = label.reshape(rows, wh, d, cols, ww, d).permute(2, 5, 0, 3, 1, 4)
+    # a copy always: whether reshape needs one depends on the number of windows, which may be symbolic
+    label = label.clone(memory_format=torch.contiguous_format).view(-1, 1, wh * ww)
+    allowed = label[..., None, :] == label[..., :, None]
+    return torch.zeros_like(allowed, dtype=like.dtype).masked_fill(~allowed, float('-inf'))
 
 
 def _labels(padded: int, step: int, before: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:

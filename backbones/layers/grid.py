@@ -35,3 +35,18 @@ def to_last(x: Tensor) -> Tensor:
 def to_first(x: Tensor) -> Tensor:
     """(B, H, W, C) -> (B, C, H, W), a view with channels_last strides."""
     return x.permute(0, 3, 1, 2)
+
+
+def to_windows(x: Tensor, side: int) -> Tensor:
+    """(B, n side, m side, C) -> (B, n m, side * side, C)."""
+    B, H, W, C = x.shape
+    x = x.reshape(B, H // side, side, W // side, side, C)
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def from_windows(x: Tensor, side: int, size: tuple[int, int]) -> Tensor:
+    """What `to_windows` did, undone: (B, n m, side * side, C) -> (B, H, W, C)."""
+    B, _, _, C = x.shape
+    H, W = size
+    x = x.reshape(B, H // side, W // side, side, side, C)
+    return x.transpose(2, 3).reshape(B, H, W, C)

@@ -42,21 +42,6 @@ def patches_around(x: Tensor, window: int, patch: int) -> Tensor:
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-def to_windows(x: Tensor, side: int) -> Tensor:
-    """(B, n side, m side, C) -> (B, n m, side * side, C)."""
-    B, H, W, C = x.shape
-    x = x.reshape(B, H // side, side, W // side, side, C)
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-
-def from_windows(x: Tensor, side: int, size: tuple[int, int]) -> Tensor:
-    """What `to_windows` did, undone: (B, n m, side * side, C) -> (B, H, W, C)."""
-    B, _, _, C = x.shape
-    H, W = size
-    x = x.reshape(B, H // side, W // side, side, side, C)
-    return x.transpose(2, 3).reshape(B, H, W, C)
-
-
 def _starts(size: int, window: int, patch: int, device: torch.device) -> Tensor:
     """(n, positions): the positions of each window's patch along one axis."""
     reach = patch if size >= patch else size

@@ -10,13 +10,12 @@ import torch
 
 from densezoo.backbones import create_model, load_checkpoint
 from densezoo.backbones.layers import norm_factory
+from densezoo.backbones.layers.grid import from_windows, to_windows
 from densezoo.backbones.layers.semantic import (
     OffsetBias,
     bins,
-    from_windows,
     patches_around,
     pool_windows,
-    to_windows,
 )
 from densezoo.backbones.stvit_swin import ConvStem, Recovery, STViTSwin, TokenExchange, TokenGeneration, TokenMixing
 from densezoo.deploy import fuse_for_deploy
