@@ -151,7 +151,7 @@ def each():
 
 
 def test_every_method_is_tried():
-    elsewhere = {'ats', 'pyra', 'sparsifiner', 'stvit', 'stvit_r'}  # test_sampling_and_sparsity.py
+    elsewhere = {'ats', 'pyra', 'sparsifiner', 'stvit', 'stvit_r'}  # test_ats.py, test_semantic_and_sparse_tokens.py
     assert METHODS.keys() == SETTINGS.keys() | elsewhere
 
 
