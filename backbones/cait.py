@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from .backbone import rename
 from .deit import ORIGIN, RENAMES, URL, DeiT
 from .layers import Mlp, Scale, TokenBlock, build_token_mixer, norm_factory
+from .layers.grid import grid_of
 from .layers.norm import NormFactory
 from .layers.patches import build_stem
 from .layers.positions import PositionTable
 from .layers.scale import fold_scale
 from .layers.token_attention import TOKEN_MIXERS, HeadSplit
-from .plain import Plain, block_windows, check_plain, grid_of
+from .plain import Plain, block_windows, check_plain
 from .registry import register, weights
 
 

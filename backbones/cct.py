@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from .backbone import rename
 from .layers import ConvDownsample, Mlp, TokenBlock, build_token_mixer, drop_path_schedule, norm_factory
 from .layers.fold_norm import fold_into_next
-from .layers.grid import to_last
+from .layers.grid import grid_of, to_last
 from .layers.lookup import nearest
 from .layers.positions import PositionTable
 from .layers.scale import fold_scale
-from .plain import Plain, block_windows, check_plain, grid_of
+from .plain import Plain, block_windows, check_plain
 from .registry import register, weights
 from .sizes import Resampled
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..kernels import window_attention
 from .layers import ConvDownsample, MetaFormerBlock, Mlp, build_mixer, drop_path_schedule, mixer, norm_factory
-from .layers.grid import ceil_div, to_first
+from .layers.grid import ceil_div, grid_of, to_first
 from .registry import register, weights
 from .skeleton import Hierarchical, check_stages, per_stage, rename
 
@@ -205,8 +205,6 @@ class CSWin(Hierarchical):
         super().__init__()
         depths, dims = check_stages(depths, dims)
         make_norm = norm_factory(norm)
-        size = img_size if img_size is not None else 224
-        height, width = (size, size) if isinstance(size, int) else tuple(size)
         splits, specs = per_stage('split_size', split_size), per_stage('mixers', mixers)
         stages = []
         for dim, stride, heads, split, spec, rates in zip(
@@ -219,7 +217,7 @@ class CSWin(Hierarchical):
         ):
             if spec in ('stripe', 'linear_stripe'):
                 spec = dict(name=spec, num_heads=heads, split_size=split, bias=qkv_bias)
-            grid = (ceil_div(height, stride), ceil_div(width, stride))
+            grid = grid_of(img_size, stride)
             stages.append(
                 [
                     MetaFormerBlock(

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from .backbone import rename
 from .layers import Mlp, TokenBlock, build_token_mixer, drop_path_schedule, norm_factory
+from .layers.grid import grid_of
 from .layers.heads import HeadFactory
 from .layers.patches import build_stem
 from .layers.path_ensemble import PathEnsemble
 from .layers.positions import PositionTable
-from .plain import Grid, Plain, block_windows, check_plain, grid_of
+from .plain import Grid, Plain, block_windows, check_plain
 from .reduction.interface import TokenModel
 from .registry import register, weights
 

@@ -25,11 +25,11 @@ from .layers import (
     mixer,
     norm_factory,
 )
-from .layers.grid import ceil_div
+from .layers.grid import grid_of
 from .layers.norm import NormFactory
 from .layers.positions import PositionTable
-from .layers.resize import resize_table
-from .plain import Plain, block_windows, check_plain, grid_of
+from .layers.resize import resize_table, same_size
+from .plain import Plain, block_windows, check_plain
 from .registry import register, weights
 from .sizes import Resampled
 from .skeleton import Hierarchical, check_stages, rename
@@ -114,7 +114,7 @@ class PositionedStem(ConvDownsample):
         x = super().forward(x)
         height, width = x.shape[1:3]
         table = self.pos_embed[0].unflatten(0, self.grid)
-        if not (isinstance(height, int) and isinstance(width, int) and (height, width) == self.grid):
+        if not same_size((height, width), self.grid):
             table = resize_table(table, (height, width), 'bicubic').to(table.dtype)
         return x + table
 
@@ -155,9 +155,7 @@ class GFNet(Hierarchical):
         super().__init__()
         depths, dims = check_stages(depths, dims)
         make_norm = norm_factory(norm)
-        size = img_size if img_size is not None else 224
-        height, width = (size, size) if isinstance(size, int) else tuple(size)
-        grids = [(ceil_div(height, stride), ceil_div(width, stride)) for stride in self.strides]
+        grids = [grid_of(img_size, stride) for stride in self.strides]
         stages = [
             [
                 GFNetBlock(

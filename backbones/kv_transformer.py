@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from .backbone import rename
 from .layers import ConvDownsample, Mlp, TokenAttention, TokenBlock, build_token_mixer, drop_path_schedule, norm_factory
+from .layers.grid import grid_of
 from .layers.positions import PositionTable
 from .layers.token_attention import TOKEN_MIXERS
-from .plain import Plain, block_windows, check_plain, grid_of
+from .plain import Plain, block_windows, check_plain
 from .registry import register, weights
 from .sizes import AnySize, FixedSize, Resampled
 

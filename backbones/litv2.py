@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from ..kernels import hilo_attention, window_attention
 from .layers import ConvDownsample, ConvMlp, mixer, norm_factory
 from .layers.deform import DeformableMerging
-from .layers.grid import pad_bottom_right, to_first
+from .layers.grid import grid_of, pad_bottom_right, to_first
 from .layers.lookup import choose
-from .lit import MergingPyramid, build_stages, map_sizes
+from .lit import MergingPyramid, build_stages
 from .pvt_v2 import resolve_heads
 from .registry import register, weights
 from .skeleton import check_stages, per_stage, rename
@@ -171,7 +171,7 @@ class LITv2(MergingPyramid):
                 depths=depths,
                 dims=dims,
                 mixers=specs,
-                grids=map_sizes(img_size if img_size is not None else 224, self.strides),
+                grids=[grid_of(img_size, stride) for stride in self.strides],
                 norm=make_norm,
                 mlp=lambda stage: ConvMlp(dim=dims[stage], ratio=mlp_ratio),
                 drop_path_rate=drop_path_rate,

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .layers import ConvDownsample, MetaFormerBlock, Mlp, RandomMixer, build_mixer, drop_path_schedule, norm_factory
-from .layers.grid import ceil_div
+from .layers.grid import grid_of
 from .registry import register, weights
 from .sizes import FixedSize
 from .skeleton import Hierarchical, check_stages, per_stage
@@ -58,9 +58,7 @@ class MetaFormer(Hierarchical):
     ):
         super().__init__()
         depths, dims = check_stages(depths, dims)
-        size = img_size if img_size is not None else 224
-        height, width = (size, size) if isinstance(size, int) else tuple(size)
-        grids = [(ceil_div(height, stride), ceil_div(width, stride)) for stride in self.strides]
+        grids = [grid_of(img_size, stride) for stride in self.strides]
         plain = norm_factory('layer_no_bias')
         stem = ConvDownsample(in_chans, dims[0], kernel=7, stride=4, padding=2, post_norm=plain, image=True)
         downsamplings = [
@@ -102,7 +100,7 @@ class MetaFormer(Hierarchical):
             out_indices=out_indices,
         )
         if any(isinstance(module, RandomMixer) for module in self.modules()):
-            self.sizes = FixedSize((height, width), _RANDOM)
+            self.sizes = FixedSize(grid_of(img_size, 1), _RANDOM)
         self.apply(self.init_weights)
 
 

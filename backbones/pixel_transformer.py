@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from .layers import ConvDownsample, Mlp, TokenAttention, TokenBlock, drop_path_schedule, norm_factory
+from .layers.grid import grid_of
 from .layers.positions import PositionTable
-from .plain import Plain, block_windows, check_plain, grid_of
+from .plain import Plain, block_windows, check_plain
 from .registry import register, weights
 
 

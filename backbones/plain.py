@@ -389,10 +389,3 @@ def check_plain(*, depth: int, dim: int, patch_size: int) -> None:
     for name, value in (('depth', depth), ('dim', dim), ('patch_size', patch_size)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f'{name} must be a positive whole number, got {name}={value!r}')
-
-
-def grid_of(img_size: int | tuple[int, int] | None, stride: int, default: int = 224) -> Grid:
-    """Grid that tables are made for, of an image size."""
-    size = default if img_size is None else img_size
-    height, width = (size, size) if isinstance(size, int) else tuple(size)
-    return ceil_div(height, stride), ceil_div(width, stride)

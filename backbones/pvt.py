@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .layers import ConvDownsample, MetaFormerBlock, Mlp, build_mixer, drop_path_schedule, norm_factory
-from .layers.grid import ceil_div
+from .layers.grid import ceil_div, grid_of
 from .layers.norm import NormFactory
-from .layers.resize import resize_table
+from .layers.resize import resize_table, same_size
 from .pvt_v2 import BLOCK_RENAMES
 from .registry import register, weights
 from .sizes import Resampled
@@ -57,7 +57,7 @@ class PositionedDownsample(ConvDownsample):
     def positions(self, height: int, width: int) -> Tensor:
         """(1, height, width, C)."""
         table = self.pos_embed[:, self.extra :].unflatten(1, self.grid)
-        if isinstance(height, int) and isinstance(width, int) and (height, width) == self.grid:
+        if same_size((height, width), self.grid):
             return table
         return _resize(table, (height, width))
 
@@ -135,9 +135,7 @@ class PVT(Hierarchical):
                 f"mixers[3]={mixers[3]!r}, sr_ratios[3]={sr_ratios[3]}; pass class_token=False or use 'sra' with 1"
             )
         make_norm, make_embed_norm = (norm_factory(n) if isinstance(n, str) else n for n in (norm, embed_norm))
-        size = img_size if img_size is not None else 224
-        height, width = (size, size) if isinstance(size, int) else tuple(size)
-        grids = [(ceil_div(height, stride), ceil_div(width, stride)) for stride in self.strides]
+        grids = [grid_of(img_size, stride) for stride in self.strides]
         stages = []
         for dim, grid, heads, ratio, mlp_ratio, spec, rates in zip(
             dims,

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from ..kernels.precision import full_precision
 from .layers import Mlp, drop_path_schedule, norm_factory
-from .layers.grid import ceil_div, pad_bottom_right, padded, to_first, to_last
+from .layers.grid import ceil_div, grid_of, pad_bottom_right, padded, to_first, to_last
 from .layers.norm import NormFactory
 from .layers.positions import PositionTable
 from .layers.resize import resize_matrix
-from .plain import Grid, grid_of
+from .plain import Grid
 from .registry import register
 from .sizes import Resampled
 from .skeleton import check_stages, per_stage, rename

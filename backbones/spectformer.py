@@ -28,7 +28,7 @@ from .layers import (
     mixer,
     norm_factory,
 )
-from .layers.grid import ceil_div, to_last
+from .layers.grid import grid_of, to_last
 from .layers.heads import NoHead
 from .layers.norm import NormFactory
 from .registry import register, weights
@@ -168,8 +168,6 @@ class SpectFormer(Hierarchical):
     ):
         super().__init__()
         depths, dims = check_stages(depths, dims)
-        size = img_size if img_size is not None else 224
-        height, width = (size, size) if isinstance(size, int) else tuple(size)
         heads, ratios = per_stage('num_heads', num_heads), per_stage('mlp_ratios', mlp_ratios)
         make_norm, make_embedding_norm = norm_factory(norm), norm_factory(embedding_norm)
         stages: list[list[nn.Module]] = []
@@ -178,7 +176,7 @@ class SpectFormer(Hierarchical):
         ):
             if spec == 'biased_attention':
                 spec = dict(name=spec, num_heads=heads[s])
-            grid = (ceil_div(height, stride), ceil_div(width, stride))
+            grid = grid_of(img_size, stride)
             stages.append(
                 [
                     MetaFormerBlock(

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 
 from .layers import Mlp, drop_path_schedule, norm_factory
 from .layers.fold_norm import fold_into_previous
-from .layers.grid import ceil_div, to_first, to_last
+from .layers.grid import ceil_div, grid_of, to_first, to_last
 from .layers.lookup import choose
 from .layers.norm import NormFactory
 from .layers.positions import PositionTable
-from .plain import grid_of
 from .registry import register, weights
 from .sizes import Resampled
 from .skeleton import check_stages, per_stage, rename

@@ -19,12 +19,11 @@ from torch import Tensor, nn
 
 from .layers import MetaFormerBlock, Mlp, Scale, drop_path_schedule, norm_factory
 from .layers.conv import ConvNorm
-from .layers.grid import ceil_div, from_windows, to_first, to_last, to_windows
+from .layers.grid import ceil_div, from_windows, grid_of, to_first, to_last, to_windows
 from .layers.norm import NormFactory
-from .layers.resize import resize_table
+from .layers.resize import resize_table, same_size
 from .layers.scale import fold_scale
 from .layers.semantic import SemanticAttention, patches_around, pool_windows
-from .plain import grid_of
 from .registry import register, weights
 from .sizes import Resampled
 from .skeleton import Hierarchical, check_stages, per_stage, rename
@@ -168,7 +167,7 @@ class TokenExchange(SemanticBlock):
 
     def _resized(self, size: tuple[int, int]) -> Tensor:
         assert self.learned is not None and self.token_grid is not None
-        if all(isinstance(side, int) for side in size) and size == self.token_grid:
+        if same_size(size, self.token_grid):
             return self.learned
         resized = resize_table(self.learned[0].unflatten(0, self.token_grid), size, 'bicubic')
         return resized.flatten(0, 1)[None].to(self.learned.dtype)

@@ -28,7 +28,7 @@ from .layers import (
     norm_factory,
 )
 from .layers.fold_norm import fold_into_next
-from .layers.grid import ceil_div, pad_bottom_right, to_first, to_last
+from .layers.grid import grid_of, pad_bottom_right, to_first, to_last
 from .layers.norm import NormFactory
 from .registry import register, weights
 from .skeleton import Hierarchical, check_stages, per_stage, rename
@@ -168,8 +168,6 @@ class Swin(Hierarchical):
         windows = per_stage('window_size', window_size)
         if any(side < 1 for side in windows):
             raise ValueError(f'window_size must be positive, got {window_size=}')
-        size = img_size if img_size is not None else 224
-        height, width = (size, size) if isinstance(size, int) else tuple(size)
         make_norm = norm_factory(norm)
         stem = ConvDownsample(in_chans, dims[0], kernel=4, stride=4, padding=0, post_norm=make_norm, image=True)
         stages = []
@@ -183,7 +181,7 @@ class Swin(Hierarchical):
             strict=True,
         ):
             mixer_options = dict(num_heads=heads, window_size=side, qkv_bias=qkv_bias, always_shift=always_shift)
-            grid = ceil_div(height, stride), ceil_div(width, stride)
+            grid = grid_of(img_size, stride)
             stages.append(
                 [
                     MetaFormerBlock(

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from ..kernels.precision import full_precision
 from .backbone import rename
 from .layers import Mlp, TokenBlock, build_token_mixer, drop_path_schedule, norm_factory
-from .layers.grid import pad_bottom_right, to_last
+from .layers.grid import grid_of, pad_bottom_right, to_last
 from .layers.lookup import choose
 from .layers.norm import NormFactory
 from .layers.positions import PositionTable
-from .plain import Plain, block_windows, check_plain, grid_of
+from .plain import Plain, block_windows, check_plain
 from .registry import register, weights
 
 

@@ -19,11 +19,12 @@ from .backbone import rename
 from .deit import ORIGIN, RENAMES, DeiT
 from .layers import Mlp, Scale, build_token_mixer, norm_factory
 from .layers.fold_norm import fold_into_next
+from .layers.grid import grid_of
 from .layers.norm import NormFactory
 from .layers.patches import build_stem
 from .layers.positions import PositionTable
 from .layers.scale import fold_scale
-from .plain import Plain, block_windows, check_plain, grid_of
+from .plain import Plain, block_windows, check_plain
 from .registry import register, weights
 
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from ..kernels import window_attention
 from .backbone import rename
 from .layers import Mlp, drop_path_schedule, norm_factory
-from .layers.grid import pad_bottom_right
+from .layers.grid import grid_of, pad_bottom_right
 from .layers.norm import NormFactory
 from .layers.positions import PositionTable
-from .plain import Grid, Plain, block_windows, check_plain, grid_of
+from .plain import Grid, Plain, block_windows, check_plain
 from .registry import Weights, register, weights
 
 WORD_STRIDE = 4  # pixels between words

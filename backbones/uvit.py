@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import ConvDownsample, Mlp, TokenAttention, TokenBlock, drop_path_schedule, norm_factory
-from .layers.grid import ceil_div
+from .layers.grid import ceil_div, grid_of
 from .layers.positions import PositionTable
 from .layers.resize import resize_table
 from .layers.token_attention import split_heads
-from .plain import Plain, check_plain, grid_of
+from .plain import Plain, check_plain
 from .registry import register, weights
 
 

@@ -5,6 +5,7 @@ networks do not export with dynamic sizes.
 """
 
 import torch.nn.functional as F
+from timm.layers import to_2tuple
 from torch import Tensor
 
 
@@ -16,6 +17,12 @@ def ceil_div(size: int, divisor: int) -> int:
 def padded(size: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is not below `size`."""
     return ceil_div(size, multiple) * multiple
+
+
+def grid_of(img_size: int | tuple[int, int] | None, stride: int, default: int = 224) -> tuple[int, int]:
+    """Height and width of a map of that stride; img_size: of the image, None for the default."""
+    height, width = to_2tuple(default if img_size is None else img_size)
+    return ceil_div(height, stride), ceil_div(width, stride)
 
 
 def pad_bottom_right(x: Tensor, multiple: int) -> Tensor:

@@ -19,6 +19,11 @@ METHODS: dict[str, tuple[float | None, bool]] = {
 }
 
 
+def same_size(size: tuple[int, int], grid: tuple[int, int]) -> bool:
+    """Whether there is nothing to resize; symbolic sizes are always resized to: one graph for every size."""
+    return all(isinstance(side, int) for side in size) and size == grid
+
+
 def resize_table(table: Tensor, size: tuple[int, int], method: str) -> Tensor:
     """A table (H, W, C) for a grid of another size, (*size, C), in float32.
 

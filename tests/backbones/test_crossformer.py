@@ -5,11 +5,9 @@ import pytest
 import torch
 
 from densezoo.backbones import create_model
-from densezoo.backbones.crossformer import (
-    CoolingBlock,
-    CrossFormer,
+from densezoo.backbones.crossformer import CoolingBlock, CrossFormer, GroupAttention
+from densezoo.backbones.layers.dynamic_position_bias import (
     DynamicPositionBias,
-    GroupAttention,
     PositionBiasTable,
     fold_position_bias,
 )

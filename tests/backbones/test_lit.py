@@ -10,7 +10,8 @@ from torch import nn
 from densezoo.backbones import create_model, load_checkpoint
 from densezoo.backbones.layers import deform
 from densezoo.backbones.layers.deform import DeformableMerging, merge_reference, merge_torchvision
-from densezoo.backbones.lit import RelativeAttention, resize_embedding, resize_table
+from densezoo.backbones.lit import RelativeAttention, resize_table
+from densezoo.backbones.lit_ti import resize_embedding
 from densezoo.kernels import use
 
 SMALL = {'depths': (1, 1, 2, 1), 'dims': (32, 64, 96, 128), 'num_heads': (1, 2, 3, 4), 'num_classes': 5}
