@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.precision import full_precision
@@ -230,7 +231,9 @@ class OneFormer(MaskHead):
 
     def decode(self, maps: PixelMaps, task: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Logits of classes and masks of every layer, and the queries that the layers started from (B, Q, C)."""
-        start = self.predictor.start(maps.mask, task)
+        fine = self.pixel_decoder.sub_pixel
+        # Queries start from a look at the whole picture, for which the finest map's own cells are enough.
+        start = self.predictor.start(maps.mask if fine == 1 else F.avg_pool2d(maps.mask, fine), task)
         return *self.predictor(maps.levels, maps.mask, start), start
 
     def loss(self, features: Sequence[Tensor], targets: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ Runs and benchmarks that are not there are left out of the page.
 import argparse
 import json
 import platform
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +43,11 @@ TASKS = {
 
 
 class Comparison(NamedTuple):
-    """Runs on the same data that make one table: what differs, the figures (metric: its name there), and the rows."""
+    """Runs on the same data that make one table: what differs, the figures (metric: its name there), and the rows.
+
+    A run folder NAME_seed1, NAME_seed2, ... beside NAME is the same config with another `--seed`: the row holds their
+    mean and standard deviation. A row has no figure for metrics that its head does not have.
+    """
 
     title: str
     what: str
@@ -97,6 +102,24 @@ COMPARISONS = (
             'segmentation_deeplabv3plus': 'DeepLabV3+',
         },
         pictures=True,
+    ),
+    Comparison(
+        title='One network for three tasks',
+        what='head',
+        figures={'panoptic/PQ': 'PQ', 'mIoU': 'mIoU', 'coco/segm_mAP': 'mask AP', 'coco/segm_mAP_50': 'mask AP50'},
+        runs={
+            'universal': 'OneFormer',
+            'universal_mask2former': 'Mask2Former',
+            'universal_kmax': 'kMaX-DeepLab',
+            'segmentation': 'FPN and Semantic FPN, this task alone',
+        },
+        pictures=True,
+    ),
+    Comparison(
+        title='Fewer tokens',
+        what='tokens',
+        figures={'mIoU': 'mIoU', 'boundary_F': 'boundary F'},
+        runs={'segmentation_deit': 'all', 'segmentation_mctf': 'MCTF, 35% fewer multiply-adds'},
     ),
 )
 MARKS = ('<!-- quickstarts:begin -->', '<!-- quickstarts:end -->')
@@ -193,11 +216,11 @@ def comparison_lines(comparison: Comparison, runs: Path, images: Path) -> list[s
     lines += ['```', '', f'| config | {comparison.what} | {columns} | iterations | seconds |']
     lines += ['|---|---|' + '---:|' * (len(comparison.figures) + 2)]
     for name, path in found:
-        metrics = json.loads(path.read_text())
-        figures = ' | '.join(f'{100 * metrics[metric]:.2f}' for metric in comparison.figures)
+        seeds = [json.loads(file.read_text()) for file in [path, *sorted(runs.glob(f'{name}_seed*/metrics.json'))]]
+        figures = ' | '.join(mean_and_spread([run[m] for run in seeds if m in run]) for m in comparison.figures)
         lines.append(
             f'| quickstart/{name} | {comparison.runs[name]} | {figures} '
-            f'| {metrics["iterations"]} | {metrics["seconds"]:.0f} |'
+            f'| {seeds[0]["iterations"]} | {seeds[0]["seconds"]:.0f} |'
         )
     for name, _ in found if comparison.pictures else ():
         pictures = latest_pictures(runs / name, 4)
@@ -205,6 +228,13 @@ def comparison_lines(comparison: Comparison, runs: Path, images: Path) -> list[s
             write_sheet(pictures, images / f'{name}.jpg', 2, 1400)
             lines += ['', f'{comparison.runs[name]}:', '', f'![predictions](images/{name}.jpg)']
     return lines
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """Fractions as per cent: '', '71.20' or of several seeds '71.20 ± 0.35 (3)', with the sample's deviation."""
+    if len(values) < 2:
+        return ''.join(f'{100 * value:.2f}' for value in values)
+    return f'{100 * statistics.mean(values):.2f} ± {100 * statistics.stdev(values):.2f} ({len(values)})'
 
 
 def models_page(runs: Path) -> str:

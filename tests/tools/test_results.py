@@ -49,6 +49,20 @@ def test_runs_that_compare_share_a_table(tmp_path):
     assert [file.name for file in (tmp_path / 'images').iterdir()] == ['segmentation_upernet.jpg']
 
 
+def test_seeds_of_a_config_share_a_row(tmp_path):
+    universal = next(c for c in results.COMPARISONS if 'universal' in c.runs)
+    finish(tmp_path, 'segmentation', mIoU=0.76)
+    finish(tmp_path, 'universal', mIoU=0.70, **{'panoptic/PQ': 0.6, 'coco/segm_mAP': 0.5, 'coco/segm_mAP_50': 0.8})
+    finish(
+        tmp_path, 'universal_seed1', mIoU=0.72, **{'panoptic/PQ': 0.6, 'coco/segm_mAP': 0.5, 'coco/segm_mAP_50': 0.8}
+    )
+    lines = results.comparison_lines(universal, tmp_path, tmp_path)
+    assert any('| 60.00 ± 0.00 (2) | 71.00 ± 1.41 (2) | 50.00 ± 0.00 (2) |' in line for line in lines)
+    assert (
+        lines[-1] == '| quickstart/segmentation | FPN and Semantic FPN, this task alone |  | 76.00 |  |  | 1000 | 90 |'
+    )
+
+
 def test_every_comparison_is_of_quickstarts():
     known = {name.removeprefix('quickstart/') for name in config_names()}
     assert all(set(comparison.runs) <= known and comparison.figures for comparison in results.COMPARISONS)
