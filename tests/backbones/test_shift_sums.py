@@ -115,10 +115,12 @@ def test_training_moves_weights_and_keeps_them_in_range(form):
         losses[-1].backward()
         optimizer.step()
     assert losses[-1] < 0.9 * losses[0] and not torch.equal(layer.power_weight(), before)
-    layer(x)
     if form == 'sp2':
-        assert all(p.min() >= -2 and p.max() <= 0 for p in (layer.shift_1, layer.shift_2))
-        assert all(p.min() >= 0 and p.max() <= 1 for p in (layer.sign_1, layer.sign_2))
+        for names, limits in ((('shift_1', 'shift_2'), (-2, 0)), (('sign_1', 'sign_2'), (0, 1))):
+            for part in map(layer.get_parameter, names):
+                nn.init.normal_(part, std=5)
+                layer(x)
+                assert (part.min(), part.max()) == limits
 
 
 def test_evaluation_leaves_what_is_trained_alone():
@@ -140,7 +142,10 @@ def test_small_weights_need_a_scale():
     assert shift_layer(parent, form='apot').weight_alpha == parent.weight.abs().max()
     nn.init.zeros_(parent.weight)
     for form in FORMS:
-        torch.testing.assert_close(shift_layer(parent, form=form)(x), fixed_point(parent.bias).expand(20, 50))
+        layer = shift_layer(parent, form=form)
+        torch.testing.assert_close(layer(x), fixed_point(parent.bias).expand(20, 50))
+        layer(x).sum().backward()
+        assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
 @pytest.mark.parametrize('form', FORMS)
