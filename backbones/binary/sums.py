@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ...kernels.dispatch import exporting
 from ..layers.lookup import choose
 from .estimators import learns
 from .layers import ShiftLinear
@@ -49,7 +50,8 @@ def _thresholds() -> list[float]:
     return found
 
 
-_THRESHOLDS = _thresholds()
+_THRESHOLDS = torch.tensor(_thresholds())
+_VALUES = torch.tensor(_SUMS) / 32
 
 
 def nearest_sum(x: Tensor) -> Tensor:
@@ -231,9 +233,9 @@ def _terms(
 
 def _nearest(x: Tensor) -> Tensor:
     size = x.abs().to(torch.promote_types(x.dtype, torch.float32))
-    count = torch.zeros_like(size)  # by comparisons, which every exporter has
-    for (low, high), threshold in zip(
-        pairwise(_SUMS), _THRESHOLDS, strict=True
-    ):  # comparisons: every exporter has them
-        count = count + (size > threshold) * (high - low)
-    return (count / 32).to(x.dtype) * x.sign()
+    thresholds, values = _THRESHOLDS.to(size), _VALUES.to(size)
+    if exporting():  # comparisons, which every exporter has
+        sums = (size.unsqueeze(-1) > thresholds).to(size) @ values.diff()
+    else:
+        sums = values[torch.bucketize(size, thresholds)]
+    return sums.to(x.dtype) * x.sign()

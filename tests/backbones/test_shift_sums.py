@@ -165,6 +165,14 @@ def test_packed(width, form):
 
 
 @pytest.mark.parametrize('form', FORMS)
+def test_exported_equals_eager(form):
+    torch.manual_seed(0)
+    layer, x = shift_layer(linear(40, 30), form=form).eval(), torch.randn(2, 40)
+    program = torch.export.export(layer, (x,))
+    torch.testing.assert_close(program.module()(x), layer(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('form', FORMS)
 def test_a_trained_layer_becomes_one_by_its_state(form):
     """The authors' keys, and those of a linear layer."""
     torch.manual_seed(0)
