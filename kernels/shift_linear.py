@@ -115,7 +115,8 @@ def unpack_shifts(weight: Tensor, width: int, dtype: torch.dtype, *, bits: int =
 def fixed_point(x: Tensor, integer_bits: int = 16, fraction_bits: int = 16) -> Tensor:
     """x rounded down to a multiple of 2 ** -f within [-2 ** (n - 1), 2 ** (n - 1) - 1]."""
     steps, bound = 2.0**fraction_bits, 2.0 ** (integer_bits - 1)
-    return ((x * steps).floor() / steps).clamp(-bound, bound - 1)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # x times 2 ** 16 may leave float16's range
+    return ((wide * steps).floor() / steps).clamp(-bound, bound - 1).to(x.dtype)
 
 
 def shift_linear(
@@ -165,9 +166,7 @@ def shift_linear_reference(
 ) -> Tensor:
     """The definition in plain PyTorch, the powers as numbers."""
     powers = unpack_shifts(weight, x.shape[-1], x.dtype, bits=bits, terms=terms)
-    # float32, as in the kernel: x times 2 ** 16 may leave float16's range
-    numbers = fixed_point(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, *fixed).to(x.dtype)
-    return F.linear(numbers, powers, None if bias is None else fixed_point(bias, *fixed).to(x.dtype))
+    return F.linear(fixed_point(x, *fixed), powers, None if bias is None else fixed_point(bias, *fixed).to(x.dtype))
 
 
 def can_run_triton(x: Tensor, bias: Tensor | None = None) -> str | None:

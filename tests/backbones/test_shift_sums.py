@@ -162,6 +162,7 @@ def test_packed(width, form):
     fresh = pack(ShiftSumLinear(width, 7, bias=width != 6, form=form).eval())
     fresh.load_state_dict(packed.state_dict())
     assert torch.equal(fresh(x), packed(x))
+    torch.testing.assert_close(fresh.half()(x.half()).float(), packed(x), rtol=0, atol=0.03)
 
 
 @pytest.mark.parametrize('form', FORMS)

@@ -85,6 +85,8 @@ def test_shapes_and_types():
     half = shift_linear(x.half(), packed)
     assert half.dtype == torch.float16
     torch.testing.assert_close(half.float(), wanted, rtol=0, atol=0.02)
+    biased = shift_linear(x.half(), packed, torch.full((9,), 3.0, dtype=torch.float16))
+    torch.testing.assert_close(biased.float(), wanted + 3, rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize('terms', [1, 2])
