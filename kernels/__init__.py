@@ -12,7 +12,7 @@ from .long_convolution import long_convolution
 from .neighborhood import neighborhood_attention
 from .nms import apart, suppress, suppress_by_products
 from .pool_mixer import pool_mixer
-from .shift_linear import fixed_point, pack_shifts, shift_linear, unpack_shifts
+from .shift_linear import fixed_point, pack_shift_sums, pack_shifts, shift_linear, unpack_shifts
 from .sparse_window import sparse_window_attention
 from .tiles import run_tiles
 from .token_fusion import Fusion, fuse_by_scores, fusion_scores
@@ -47,6 +47,7 @@ __all__ = [
     'merge_source',
     'neighborhood_attention',
     'pack_bits',
+    'pack_shift_sums',
     'pack_shifts',
     'pool_mixer',
     'popcount',

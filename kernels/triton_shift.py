@@ -1,8 +1,8 @@
 """Linear layers of signed powers of two in Triton: see `shift_linear` for the formula and the layout of the codes.
 
 A block of codes becomes floats by writing their exponents, (127 - depth) << 23 with the sign in the highest bit: no
-table, no multiplication. The products are a tensor core's, with float32 sums: a GPU has no faster shift. What the codes
-save is reading the weights: 5 bits instead of 16.
+table, no multiplication; a sum of two powers is two of them, added. The products are a tensor core's, with float32
+sums: a GPU has no faster shift. What the codes save is reading the weights: 5 bits instead of 16.
 """
 
 from typing import Any
@@ -25,8 +25,8 @@ def _fixed(x, STEPS: tl.constexpr, BOUND: tl.constexpr):
 @triton.jit
 def _shift_kernel(
     x, weight, bias, out, M, K, N, W, stride_m,
-    STEPS: tl.constexpr, BOUND: tl.constexpr, BITS: tl.constexpr, PER: tl.constexpr, BIASED: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+    STEPS: tl.constexpr, BOUND: tl.constexpr, BITS: tl.constexpr, PER: tl.constexpr, TERMS: tl.constexpr,
+    BIASED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     o = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -40,12 +40,18 @@ def _shift_kernel(
         place = o.to(tl.int64)[None, :] * W + (k // PER)[:, None]
         word = tl.load(weight + place, mask=(k < K)[:, None] & (o < N)[None, :], other=0)
         lane = k % PER
-        first = lane * 8 if BITS == 8 else lane * 5 + lane // 3  # three codes of five bits in each half
-        code = (word >> first[:, None]) & ((1 << BITS) - 1)
-        number = code - 1
-        exponent = 127 - (number >> 1)
-        pattern = (exponent << 23) | ((number & 1) << 31)
-        power = tl.where(code == 0, 0.0, pattern.to(tl.float32, bitcast=True))
+        bit = lane * 8 if BITS == 8 else lane * 5 + lane // 3  # three codes of five bits in each half
+        code = (word >> bit[:, None]) & ((1 << BITS) - 1)
+        if TERMS == 2:
+            i, j = (code >> 2) & 3, code & 3  # 4 ** (1 - i) and 4 ** (1 - j) / 2, none for 0
+            first = tl.where(i == 0, 0.0, ((129 - 2 * i) << 23).to(tl.float32, bitcast=True))
+            second = tl.where(j == 0, 0.0, ((128 - 2 * j) << 23).to(tl.float32, bitcast=True))
+            power = tl.where(code > 15, -(first + second), first + second)
+        else:
+            number = code - 1
+            exponent = 127 - (number >> 1)
+            pattern = (exponent << 23) | ((number & 1) << 31)
+            power = tl.where(code == 0, 0.0, pattern.to(tl.float32, bitcast=True))
         total += dot(a, power.to(a.dtype), PRECISION)
     if BIASED:
         total += _fixed(tl.load(bias + o, mask=o < N, other=0.0).to(tl.float32), STEPS, BOUND)[None, :]
@@ -54,7 +60,9 @@ def _shift_kernel(
 
 
 @triton_op('densezoo::shift_linear', mutates_args={})
-def _shift(x: Tensor, weight: Tensor, bias: Tensor | None, bits: int, integer_bits: int, fraction_bits: int) -> Tensor:
+def _shift(
+    x: Tensor, weight: Tensor, bias: Tensor | None, bits: int, terms: int, integer_bits: int, fraction_bits: int
+) -> Tensor:
     M, K = x.shape
     N, W = weight.shape
     out = x.new_empty((M, N))
@@ -62,6 +70,7 @@ def _shift(x: Tensor, weight: Tensor, bias: Tensor | None, bits: int, integer_bi
     constants: dict[str, Any] = {
         'BITS': bits,
         'PER': PER_WORD[bits],
+        'TERMS': terms,
         'BIASED': bias is not None,
         'PRECISION': precision(x),
     }
@@ -72,9 +81,11 @@ def _shift(x: Tensor, weight: Tensor, bias: Tensor | None, bits: int, integer_bi
     return out
 
 
-def shift_linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None, *, bits: int, fixed: tuple[int, int]) -> Tensor:
+def shift_linear_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, bits: int, terms: int, fixed: tuple[int, int]
+) -> Tensor:
     """See `shift_linear`."""
     rows = unit_stride(x.reshape(-1, x.shape[-1]))
     with torch.no_grad():
-        out = _shift(rows, weight.contiguous(), None if bias is None else bias.contiguous(), bits, *fixed)
+        out = _shift(rows, weight.contiguous(), None if bias is None else bias.contiguous(), bits, terms, *fixed)
     return out.view(*x.shape[:-1], weight.shape[0])

@@ -6,6 +6,7 @@ from .hashing import KernelHash, hashes_of
 from .layers import BinaryLinear, BinaryProduct, ShiftLinear
 from .mixture import MixtureLinear, balance_loss
 from .pack import PackedBinaryLinear, PackedProduct, PackedShiftLinear, pack, packable
+from .sums import ShiftSumLinear
 
 __all__ = [
     'METHODS',
@@ -17,6 +18,7 @@ __all__ = [
     'PackedProduct',
     'PackedShiftLinear',
     'ShiftLinear',
+    'ShiftSumLinear',
     'balance_loss',
     'binarize',
     'create_binary',

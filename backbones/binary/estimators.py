@@ -18,12 +18,12 @@ from ...kernels import fixed_point as round_down
 
 def sign(x: Tensor) -> Tensor:
     """-1, 0 or 1; the gradient passes where -1 < x < 1."""
-    return _Sign.apply(x) if _learns(x) else x.sign()
+    return _Sign.apply(x) if learns(x) else x.sign()
 
 
 def step(x: Tensor, low: float = -1.0) -> Tensor:
     """1 where x > 0, else 0; the gradient passes where low < x < 1."""
-    return _Step.apply(x, low) if _learns(x) else (x > 0).to(x.dtype)
+    return _Step.apply(x, low) if learns(x) else (x > 0).to(x.dtype)
 
 
 def scaled_step(x: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def softmax_step(logits: Tensor, threshold: float = 0.25) -> Tensor:
     """
     # p >= t max(p), without the exponentials
     reached = (logits >= logits.amax(-1, keepdim=True) + math.log(threshold)).to(logits.dtype)
-    if not _learns(logits):
+    if not learns(logits):
         return reached
     soft = logits.softmax(-1)
     return reached + (soft - soft.detach())
@@ -56,18 +56,18 @@ def power_of_two(shift: Tensor, signs: Tensor, lowest: int) -> Tensor:
     Clamping and rounding pass all gradients: d/dshift = value * ln 2, and d/dsigns = 1, as the authors have it (not
     2^shift).
     """
-    return _PowerOfTwo.apply(shift, signs, lowest) if _learns(shift) or _learns(signs) else _power(shift, signs, lowest)
+    return _PowerOfTwo.apply(shift, signs, lowest) if learns(shift) or learns(signs) else _power(shift, signs, lowest)
 
 
 def nearest_power(weight: Tensor, lowest: int) -> Tensor:
     """sign(w) 2^round(log2 |w|) of |w| clamped to 2^lowest .. 1, zeros stay 0; the gradient passes unchanged."""
-    return _NearestPower.apply(weight, lowest) if _learns(weight) else _nearest(weight, lowest)
+    return _NearestPower.apply(weight, lowest) if learns(weight) else _nearest(weight, lowest)
 
 
 def fixed_point(x: Tensor, integer_bits: int = 16, fraction_bits: int = 16) -> Tensor:
     """floor(x 2^f) / 2^f within -2^(i-1) .. 2^(i-1) - 1; the gradient passes unchanged."""
     return (
-        _FixedPoint.apply(x, integer_bits, fraction_bits) if _learns(x) else round_down(x, integer_bits, fraction_bits)
+        _FixedPoint.apply(x, integer_bits, fraction_bits) if learns(x) else round_down(x, integer_bits, fraction_bits)
     )
 
 
@@ -121,7 +121,8 @@ class ElasticQuantizer(nn.Module):
         return f'bits={self.bits}, signed={self.signed}'
 
 
-def _learns(x: Tensor) -> bool:
+def learns(x: Tensor) -> bool:
+    """Whether a gradient of x will be asked for."""
     return torch.is_grad_enabled() and x.requires_grad
 
 

@@ -6,7 +6,7 @@ has a method here: `signs()` and `scale()`, `exponents()`. Gradients: see `estim
 """
 
 # B batch, N tokens, M keys, h heads, d head width, I and O input and output features
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,6 @@ from .estimators import (
 
 INPUTS = ('sign', 'elastic', 'float')
 SCALES = ('learned', 'mean')
-FORMS = ('ps', 'q')
 
 
 class BinaryLinear(nn.Module):
@@ -205,6 +204,8 @@ class ShiftLinear(nn.Module):
         weight: (O, I), with 'q'.
     """
 
+    forms: ClassVar[tuple[str, ...]] = ('ps', 'q')
+
     def __init__(
         self,
         in_features: int,
@@ -220,14 +221,9 @@ class ShiftLinear(nn.Module):
         if weight_bits < 3:
             raise ValueError(f'weight_bits must be at least 3, got {weight_bits=}')
         self.in_features, self.out_features = in_features, out_features
-        self.form = choose('form', form, {name: name for name in FORMS})
+        self.form = choose('form', form, {name: name for name in self.forms})
         self.weight_bits, self.integer_bits, self.fraction_bits = weight_bits, integer_bits, fraction_bits
-        shape = out_features, in_features
-        if form == 'ps':
-            self.shift = nn.Parameter(torch.empty(shape).uniform_(self.lowest, 0))
-            self.sign = nn.Parameter(torch.empty(shape).uniform_(-1, 1))
-        else:
-            self.weight = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(shape), a=5**0.5))
+        self.add_weights((out_features, in_features))
         bound = in_features**-0.5
         self.bias = nn.Parameter(torch.empty(out_features).uniform_(-bound, bound)) if bias else None
 
@@ -240,6 +236,14 @@ class ShiftLinear(nn.Module):
         layer.resample(state, '')
         layer.load_state_dict(state)
         return layer.train(linear.training)
+
+    def add_weights(self, shape: tuple[int, int]) -> None:
+        """Makes what is trained."""
+        if self.form == 'ps':
+            self.shift = nn.Parameter(torch.empty(shape).uniform_(self.lowest, 0))
+            self.sign = nn.Parameter(torch.empty(shape).uniform_(-1, 1))
+        else:
+            self.weight = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(shape), a=5**0.5))
 
     @property
     def lowest(self) -> int:
@@ -262,7 +266,11 @@ class ShiftLinear(nn.Module):
         if self.training and not torch.compiler.is_compiling():
             self.clamp()
         bias = None if self.bias is None else fixed_point(self.bias, self.integer_bits, self.fraction_bits)
-        return F.linear(fixed_point(x, self.integer_bits, self.fraction_bits), self.power_weight(), bias)
+        return self.product(fixed_point(x, self.integer_bits, self.fraction_bits), bias)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Of fixed-point numbers."""
+        return F.linear(x, self.power_weight(), bias)
 
     @torch.no_grad()
     def clamp(self) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.lookup import choose
-from .layers import ShiftLinear
+from .sums import shift_layer
 
 # what the authors add before a logarithm
 _LOG_EPS = math.log(2.0**-52)
@@ -98,10 +98,10 @@ class MixtureLinear(nn.Module):
     logarithm is added. Simulated: both experts compute all tokens.
 
     Args:
-        linear: the trained layer; expert 0 is the same, expert 1 (`ShiftLinear`) has the nearest powers of two.
+        linear: the trained layer; expert 0 is the same, expert 1 has the nearest powers of two, or sums of them.
         gate: 'naive', 'noisy' or 'soft'.
         latencies: of the two experts, in any unit; the authors' are 6 and 4.
-        form, weight_bits: of `ShiftLinear`.
+        form, weight_bits: of expert 1, see `shift_layer`.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class MixtureLinear(nn.Module):
         self.gate = make(linear.in_features, latencies).to(weight.device, weight.dtype)
         dense = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
         dense.to(weight.device, weight.dtype).load_state_dict(linear.state_dict())
-        shift = ShiftLinear.from_linear(linear, form=form, weight_bits=weight_bits)
+        shift = shift_layer(linear, form=form, weight_bits=weight_bits)
         self.experts = nn.ModuleList([dense, shift])
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""Binarized models as they are deployed: weights of one bit 32 to a word, powers of two 6 to a word, state dicts too.
+"""Binarized models as they are deployed: weights of one bit 32 to a word, powers of two and their sums 6
+to a word, state dicts too.
 
 `pack(module)` replaces each trained layer by its packed form, which computes the same with the kernels of
 `densezoo.kernels`; everything else is copied. A packed model has the class, the methods and the other keys of the
@@ -17,10 +18,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ...kernels import binary_linear, hamming_attention, pack_bits, pack_shifts, shift_linear
+from ...kernels import (
+    binary_linear,
+    fixed_point,
+    hamming_attention,
+    pack_bits,
+    pack_shift_sums,
+    pack_shifts,
+    shift_linear,
+)
 from ...kernels.dispatch import exporting
 from .bivit import BinaryAttention
 from .layers import BinaryLinear, BinaryProduct, ShiftLinear
+from .sums import ShiftSumLinear
 
 _log = logging.getLogger('densezoo')
 _Module = TypeVar('_Module', bound=nn.Module)
@@ -111,20 +121,23 @@ class PackedBinaryLinear(nn.Module):
 
 
 class PackedShiftLinear(nn.Module):
-    """A trained `ShiftLinear` with its weights as codes of 5 or 8 bits: (..., K) -> (..., N).
+    """A trained `ShiftLinear` or `ShiftSumLinear` with its weights as codes of 5 or 8 bits: (..., K) -> (..., N).
 
     Args:
         in_features, out_features: K and N, any.
         bias: whether there is one.
         bits: of a code: 5 for exponents down to -14, 8 down to -126.
+        terms: powers that a weight is the sum of: 2 for a `ShiftSumLinear`, with 5 bits.
         fixed: integer and fraction bits of the input.
 
     Attributes:
         weight: (N, ceil(K / 6)) int32 for 5 bits, (N, ceil(K / 4)) for 8, see `densezoo.kernels.shift_linear`.
+        scale: (), of sums, or None.
         bias: (N,) or None.
     """
 
     weight: Tensor
+    scale: Tensor | None
     bias: Tensor | None
 
     def __init__(
@@ -134,12 +147,15 @@ class PackedShiftLinear(nn.Module):
         *,
         bias: bool = True,
         bits: int = 5,
+        terms: int = 1,
         fixed: tuple[int, int] = (16, 16),
     ):
         super().__init__()
-        self.in_features, self.out_features, self.bits, self.fixed = in_features, out_features, bits, fixed
+        self.in_features, self.out_features = in_features, out_features
+        self.bits, self.terms, self.fixed = bits, terms, fixed
         nothing = torch.zeros(out_features, in_features)
         self.register_buffer('weight', pack_shifts(nothing, nothing, bits=bits))
+        self.register_buffer('scale', torch.ones(()) if terms == 2 else None)
         self.register_buffer('bias', torch.zeros(out_features) if bias else None)
 
     @classmethod
@@ -150,20 +166,28 @@ class PackedShiftLinear(nn.Module):
             layer.out_features,
             bias=layer.bias is not None,
             bits=5 if layer.lowest >= -14 else 8,
+            terms=2 if isinstance(layer, ShiftSumLinear) else 1,
             fixed=(layer.integer_bits, layer.fraction_bits),
         )
-        exponents, signs = layer.exponents()
-        packed.weight = pack_shifts(-exponents.float(), signs, bits=packed.bits)
+        if isinstance(layer, ShiftSumLinear):
+            packed.weight, packed.scale = pack_shift_sums(*layer.terms()), layer.scale()
+        else:
+            exponents, signs = layer.exponents()
+            packed.weight = pack_shifts(-exponents.float(), signs, bits=packed.bits)
         packed.bias = None if layer.bias is None else layer.bias.clone()
         return packed
 
     def forward(self, x: Tensor) -> Tensor:
         if exporting():
             _say_what_is_exported()
-        return shift_linear(x, self.weight, self.bias, bits=self.bits, fixed=self.fixed)
+        if self.scale is None:
+            return shift_linear(x, self.weight, self.bias, bits=self.bits, fixed=self.fixed)
+        out = shift_linear(x, self.weight, bits=self.bits, terms=self.terms, fixed=self.fixed) * self.scale.to(x.dtype)
+        return out if self.bias is None else out + fixed_point(self.bias, *self.fixed).to(out.dtype)
 
     def extra_repr(self) -> str:
-        return f'{self.in_features}, {self.out_features}, bias={self.bias is not None}, bits={self.bits}'
+        described = f'{self.in_features}, {self.out_features}, bias={self.bias is not None}, bits={self.bits}'
+        return described if self.terms == 1 else f'{described}, terms={self.terms}'
 
 
 class PackedProduct(nn.Module):
@@ -216,7 +240,7 @@ def pack(module: _Module) -> _Module:
 
 
 def packable(module: nn.Module) -> bool:
-    """Whether a module holds weights of one bit or powers of two that `pack` would pack."""
+    """Whether a module holds weights of one bit, powers of two or sums of them that `pack` would pack."""
     return any(_packable(part) for part in module.modules())
 
 

@@ -23,10 +23,17 @@ from torch import Tensor, nn
 from ...kernels.precision import full_precision
 from ..layers.lookup import choose
 from .hashing import KernelHash, normalised
-from .layers import ShiftLinear
 from .mixture import MixtureLinear
 from .replace import attentions, refuse, replace_attention, replace_linears
-from .softmax import SOURCES, SoftmaxAttention, replace_in_stages, share_projection, take_over
+from .softmax import (
+    SOURCES,
+    SoftmaxAttention,
+    replace_in_stages,
+    share_projection,
+    split_projection,
+    take_over,
+)
+from .sums import shift_layer
 
 LAYERS = ('dense', 'shift', 'mixture')
 
@@ -130,11 +137,48 @@ def token_conv(num_heads: int) -> nn.Conv2d:
     return nn.Conv2d(num_heads, num_heads, (9, 1), padding=(4, 0), groups=num_heads, bias=False)
 
 
+class LinearAttention(nn.Module):
+    """Softmax attention without its softmax, the authors' baseline: out_i = d^(-1/2) q_i (sum_j k_j v_j^T).
+
+    On (B, H, W, C) or (B, N, C), all numbers floating point. There is no denominator: outputs grow with N.
+
+    Args:
+        dim: channels.
+        num_heads: divides dim.
+        bias: learn biases of queries, and of keys and values.
+    """
+
+    def __init__(self, *, dim: int, num_heads: int, bias: bool = True):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim, bias=bias)
+        self.kv = nn.Linear(dim, 2 * dim, bias=bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        tokens = x.flatten(1, -2)
+        query = self.q(tokens).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        key, value = self.kv(tokens).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        with full_precision(value):  # the sum over a large map leaves float16's range
+            wide = torch.promote_types(value.dtype, torch.float32)
+            summed = key.to(wide).transpose(-2, -1) @ value.to(wide)
+            out = (query.to(wide) @ (summed * value.shape[-1] ** -0.5)).to(value.dtype)
+        return self.proj(out.transpose(1, 2).flatten(2)).view(x.shape)
+
+    def resample(self, state: dict[str, Tensor], prefix: str) -> None:
+        """Projections of the attention that this one replaced, in place."""
+        split_projection(state, prefix)
+
+    def extra_repr(self) -> str:
+        return f'num_heads={self.num_heads}'
+
+
 ATTENTION: dict[str, Callable[..., nn.Module]] = {
     'hash': AdditiveAttention,
     'mean': MeanAttention,
     'batch_mean': partial(MeanAttention, over_batch=True),
     'sparse': partial(MeanAttention, sparse=True),
+    'linear': LinearAttention,
 }
 
 
@@ -159,15 +203,16 @@ def shiftadd(
 
     Args:
         attention: how queries and keys become codes: 'hash' learns hash functions, 'mean' compares with the mean of
-            each image, 'batch_mean' with that of the batch, 'sparse' is 'mean' plus a sparse softmax; None keeps the
-            model's own attention.
+            each image, 'batch_mean' with that of the batch, 'sparse' is 'mean' plus a sparse softmax; 'linear' has no
+            codes: the authors' baseline, of multiplications in linear time; None keeps the model's own attention.
         stages: of a hierarchical model, those whose attention is replaced; the other ones get softmax attention at full
             resolution. None for all but the last, and for all blocks of a plain model.
-        attention_layers, mlp_layers: 'dense' keeps linear layers, 'shift' makes their weights powers of two, 'mixture'
-            has both, and a gate. In stages that keep a softmax, 'shift' changes the last layer of attention alone, and
-            'mixture' none, as in the authors' code.
+        attention_layers, mlp_layers: 'dense' keeps linear layers, 'shift' makes their weights powers of two or sums of
+            two, 'mixture' has both, and a gate. In stages that keep a softmax, 'shift' changes the last layer of
+            attention alone, and 'mixture' none, as in the authors' code.
         gate, latencies: of mixtures, see `MixtureLinear`.
-        form, weight_bits: of shifts, see `ShiftLinear`.
+        form, weight_bits: of shifts: 'ps' or 'q' of `ShiftLinear`, powers of two, 'sp2' or 'apot' of `ShiftSumLinear`,
+            sums of two of them.
         bits, anchors, topk, iterations, lr: of the hash functions, see `KernelHash`.
 
     Raises:
@@ -177,7 +222,7 @@ def shiftadd(
         choose(name, value, {layer: layer for layer in LAYERS})
     shift: dict[str, Any] = dict(form=form, weight_bits=weight_bits)
     makers: dict[str, Callable[[nn.Linear], nn.Module]] = {
-        'shift': partial(ShiftLinear.from_linear, **shift),
+        'shift': partial(shift_layer, **shift),
         'mixture': partial(MixtureLinear, gate=gate, latencies=latencies, **shift),
     }
     for make in makers.values():

@@ -48,6 +48,15 @@ def share_projection(state: dict[str, Tensor], prefix: str) -> None:
     _drop_reduction(state, prefix)
 
 
+def split_projection(state: dict[str, Tensor], prefix: str) -> None:
+    """`q` and `kv` out of `qkv`, in place; convolution and norm of a spatial reduction are dropped."""
+    for name in ('weight', 'bias'):
+        if f'{prefix}qkv.{name}' in state:
+            query, key, value = state.pop(f'{prefix}qkv.{name}').chunk(3)
+            state[f'{prefix}q.{name}'], state[f'{prefix}kv.{name}'] = query, torch.cat([key, value])
+    _drop_reduction(state, prefix)
+
+
 def replace_in_stages(
     model: nn.Module, stages: Sequence[int] | None, make: Callable[..., nn.Module], **options: Any
 ) -> list[Place]:

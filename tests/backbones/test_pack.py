@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from densezoo.backbones import binarize, create_model, load_checkpoint, pack
-from densezoo.backbones.binary import BinaryLinear, BinaryProduct, PackedBinaryLinear, PackedProduct, ShiftLinear
+from densezoo.backbones.binary import (
+    BinaryLinear,
+    BinaryProduct,
+    PackedBinaryLinear,
+    PackedProduct,
+    ShiftLinear,
+    ShiftSumLinear,
+)
 from densezoo.backbones.binary.hashing import hashes_of
 from densezoo.backbones.registry import model_class
 
@@ -150,8 +157,8 @@ def test_size_of_the_checkpoint():
 
 def test_exported_equals_eager(caplog):
     torch.manual_seed(0)
-    layers = nn.Sequential(scatter_zeros(BinaryLinear(40, 50)), ShiftLinear(50, 9, bias=False), BinaryLinear(9, 3))
-    model, x = pack(layers.eval()), images(2, 40)
+    layers = [scatter_zeros(BinaryLinear(40, 50)), ShiftLinear(50, 9, bias=False), ShiftSumLinear(9, 8)]
+    model, x = pack(nn.Sequential(*layers, BinaryLinear(8, 3)).eval()), images(2, 40)
     program = torch.export.export(model, (x,))
     assert 'have no ONNX form: packed layers are exported as floating-point products' in caplog.text
     torch.testing.assert_close(program.module()(x), model(x), rtol=0, atol=1e-5)

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from densezoo.backbones import binarize, create_model, load_checkpoint
-from densezoo.backbones.binary import MixtureLinear, ShiftLinear, balance_loss, hashes_of
+from densezoo.backbones.binary import MixtureLinear, ShiftLinear, ShiftSumLinear, balance_loss, hashes_of
 from densezoo.backbones.binary.estimators import fixed_point, power_of_two, split_power
 from densezoo.backbones.binary.mixture import balance
-from densezoo.backbones.binary.shiftadd import AdditiveAttention, MeanAttention
+from densezoo.backbones.binary.shiftadd import AdditiveAttention, LinearAttention, MeanAttention
 from densezoo.backbones.layers import ConvMlp
 from densezoo.backbones.registry import model_class
 
@@ -71,6 +71,7 @@ MODULES = {
     'lin_angular_binary': lambda: additive('bin'),
     'lin_angular_binary_sparse': lambda: additive('bin_sparse'),
     'lin_angular_ksh_moe': lambda: additive('moe_attn'),
+    'linear_attn': lambda: loaded(LinearAttention(dim=64, num_heads=2), 'lin'),
     'moe_mlp': mlp,
     'moe_fc_naive': lambda: loaded(MixtureLinear(nn.Linear(64, 96)), 'moe_fc'),
     'moe_fc_noisy_v2_eval': lambda: loaded(MixtureLinear(nn.Linear(64, 96), gate='soft'), 'moe_v2'),
@@ -158,8 +159,10 @@ def small(**overrides):
         dict(iterations=2, gate='noisy'),
         dict(attention='mean', gate='soft', attention_layers='mixture'),
         dict(attention='sparse', mlp_layers='shift', form='q'),
+        dict(attention='linear', form='sp2', gate='noisy'),
+        dict(attention='linear', mlp_layers='shift', form='apot'),
     ],
-    ids=['hash', 'mean', 'sparse'],
+    ids=['hash', 'mean', 'sparse', 'linear', 'sums'],
 )
 def test_every_parameter_learns_and_batches_equal_single_images(settings):
     model = binarize(small(), 'shiftadd', **settings).train()
@@ -211,6 +214,40 @@ def test_own_attention_can_stay():
         assert model(probe.image(0, [1, 3, 64, 64])).isfinite().all()
 
 
+@pytest.mark.parametrize(('name', 'overrides'), [('pvt_v2_b0', {}), ('deit_tiny_patch16_224', dict(depth=1, dim=48))])
+def test_linear_attention_has_the_weights_of_softmax_attention(name, overrides):
+    """Queries, keys and values, from separate layers and from one, at full resolution."""
+    torch.manual_seed(0)
+    reduced = model_class(name).reduced if name == 'pvt_v2_b0' else {}
+    parent = create_model(name, num_classes=5, **{**reduced, **overrides}).eval()
+    settings = dict(attention='linear', attention_layers='dense', mlp_layers='dense')
+    model = binarize(parent, 'shiftadd', **settings).eval()
+    source, layer = next(
+        (old, new)
+        for (_, old), (_, new) in zip(parent.named_modules(), model.named_modules())
+        if isinstance(new, LinearAttention)
+    )
+    state = source.state_dict()
+    weight, bias = (
+        state[f'qkv.{kind}'] if f'qkv.{kind}' in state else torch.cat([state[f'q.{kind}'], state[f'kv.{kind}']])
+        for kind in ('weight', 'bias')
+    )
+    x = torch.randn(2, 9, weight.shape[1])
+    query, key, value = F.linear(x, weight, bias).unflatten(2, (3, source.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    expected = (query @ key.mT * query.shape[-1] ** -0.5) @ value
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), source.proj(expected.transpose(1, 2).flatten(2)), rtol=1e-4, atol=1e-5)
+        again = load_checkpoint(binarize(parent, 'shiftadd', **settings).eval(), parent.state_dict())
+        torch.testing.assert_close(again(probe.image(0, [1, 3, 64, 64])), model(probe.image(0, [1, 3, 64, 64])))
+
+
+def test_sums_of_two_powers_replace_the_layers():
+    model = binarize(small(), 'shiftadd', attention='linear', mlp_layers='mixture', form='sp2')
+    attention = model.stages[0][0].token_mixer
+    assert all(type(layer) is ShiftSumLinear for layer in (attention.q, attention.kv, attention.proj))
+    assert type(model.stages[0][0].mlp.fc1.experts[1]) is ShiftSumLinear
+
+
 @pytest.mark.parametrize('latencies', [(6.0, 4.0), (4.0, 6.0)])
 def test_balancing_spreads_tokens_against_latency(latencies):
     torch.manual_seed(0)
@@ -246,6 +283,8 @@ def test_very_small_outputs_are_cut_off_and_large_ones_are_not():
         ({'gate': 'nave'}, "gate must be one of naive, noisy, soft, got 'nave'; did you mean naive"),
         ({'latencies': (1.0,)}, 'latencies must be two positive numbers'),
         ({'weight_bits': 1}, 'weight_bits must be at least 3'),
+        ({'form': 'sp2', 'weight_bits': 4}, 'weight_bits must be 5'),
+        ({'form': 'apt'}, "form must be one of apot, ps, q, sp2, got 'apt'; did you mean apot"),
     ],
 )
 def test_errors(settings, message):

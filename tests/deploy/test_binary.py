@@ -14,6 +14,8 @@ FORMS = {
     'bivit': (SWIN, 'bivit', dict(parts=('attention', 'mlp', 'merging'), residual_rank=1)),
     'ecoformer': (PVT, 'ecoformer', {}),
     'shiftadd': (PVT, 'shiftadd', dict(gate='soft')),
+    'sums': (PVT, 'shiftadd', dict(attention='linear', mlp_layers='shift', form='apot')),
+    'sp2': (PVT, 'shiftadd', dict(attention=None, mlp_layers='shift', form='sp2')),
 }
 
 
@@ -59,7 +61,7 @@ def test_all_become_engines(form, tmp_path):
     assert trial.onnx().startswith('yes') and trial.engine().startswith('yes')
 
 
-@pytest.mark.parametrize('form', [pytest.param('bivit', marks=pytest.mark.slow), 'ecoformer', 'shiftadd'])
+@pytest.mark.parametrize('form', [pytest.param('bivit', marks=pytest.mark.slow), 'ecoformer', 'shiftadd', 'sums'])
 def test_trains_in_one_graph(form):
     model = build(form, depths=(1, 1, 1, 1), out_indices=(0,) if form != 'bivit' else (0, 1)).train()
     x = torch.randn(2, 3, 64, 64)

@@ -84,6 +84,11 @@ def shifts(dtype):
     return shift_linear(torch.empty(50, 70, dtype=dtype), words, torch.empty(48), backend='triton')
 
 
+def shift_sums(dtype):
+    words = torch.empty(48, 12, dtype=torch.int32)
+    return shift_linear(torch.empty(50, 70, dtype=dtype), words, terms=2, backend='triton')
+
+
 def hamming(dtype):
     q = torch.empty(2, 3, 49, 32, dtype=dtype)
     return hamming_attention(q, q, q, bias=torch.empty(3, 49, 49), backend='triton')
@@ -101,9 +106,10 @@ OPERATIONS = {
     signs: (('triton_binary',), 2),
     unpacked: (('triton_binary',), 1),
     shifts: (('triton_shift',), 1),
+    shift_sums: (('triton_shift',), 1),
     hamming: (('triton_hamming',), 1),
 }
-INFERENCE = (matching, signs, unpacked, shifts, hamming)  # without a gradient
+INFERENCE = (matching, signs, unpacked, shifts, shift_sums, hamming)  # without a gradient
 
 
 @pytest.mark.parametrize('operation', OPERATIONS)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from densezoo.backbones import binarize, create_model, pack
-from densezoo.backbones.binary import BinaryLinear, BinaryProduct, ShiftLinear
+from densezoo.backbones.binary import BinaryLinear, BinaryProduct, ShiftLinear, ShiftSumLinear
 from densezoo.tools.benchmark import main
 from densezoo.tools.benchmarks import binary
 from densezoo.tools.benchmarks.cost import DRAM, ENERGY, cost, kind
@@ -37,6 +37,12 @@ def test_layers():
     for layer in (ShiftLinear(40, 7, bias=False), pack(ShiftLinear(40, 7, bias=False).eval())):
         found = counts(layer)
         assert found[:3] == (0, 2800, 2800)
+    packed = pack(ShiftSumLinear(40, 7, bias=False).eval())
+    for layer in (ShiftSumLinear(40, 7, bias=False), ShiftSumLinear(40, 7, bias=False, form='apot'), packed):
+        assert counts(layer)[:3] == (0, 2 * 2800, 2 * 2800)
+    row, plain = cost(packed, X), cost(pack(ShiftLinear(40, 7, bias=False).eval()), X)
+    assert row.multiplications == plain.multiplications + 70  # the scale
+    assert row.moved_bytes == plain.moved_bytes == (32 * 400 + 5 * 280 + 32 * 70) // 8
 
 
 def test_convolutions_and_attention():
@@ -58,7 +64,10 @@ def test_convolutions_and_attention():
 def test_kinds():
     assert kind(torch.tensor([-1.0, 0, 1])) == kind(torch.ones(3, dtype=torch.int8)) == 'signs'
     assert kind(torch.tensor([0.5, -0.25, 0, 2**-14])) == 'powers'
-    assert kind(torch.tensor([0.5, 0.75])) == kind(torch.tensor([2.0, 1])) == kind(torch.empty(0)) == 'numbers'
+    assert kind(torch.tensor([0.5, 0.75])) == kind(torch.tensor([-1.5, 0, 1.0])) == 'sums'
+    assert kind(torch.tensor([1 + 2**-15])) == 'sums' and kind(torch.tensor([1 + 2**-16])) == 'numbers'
+    for numbers in ([0.5, 0.875], [2.0, 1], [2.5, 1], [torch.inf, 1], [torch.nan, 1], []):
+        assert kind(torch.tensor(numbers)) == 'numbers'
 
 
 def test_energy_and_weights():

@@ -6,16 +6,22 @@ counted as they run, and sorted by the VALUES of their operands, whoever made th
     both operands of a product are -1, 0 or 1      bit operations (32 of them are an XNOR and a popcount)
     one operand is -1, 0 or 1                      floating-point additions, no multiplications
     one operand is 0 or signed powers of two       shifts, and additions of int32
+    one operand is sums of two such powers         two shifts, an addition of int32, and one more for the sum
     else                                           floating-point multiplications and additions
 
 so that simulated and packed models report the same products; `run` packs what can be packed. Element-wise layers count
 with the operations in `_POINTWISE`; exponentials and the like are listed and not priced, moving and comparing is
-neither. Bytes: each operand and result of a product once, signs as 1 bit, powers of two as 5, all else as 32, as if
-nothing stayed in a cache. A mixture of experts is counted as it runs here, where every token goes through both.
+neither. Bytes: each operand and result of a product once, signs as 1 bit, powers of two and their sums as 5, all else
+as 32, as if nothing stayed in a cache. A mixture of experts is counted as it runs here, where every token goes through
+both.
 
 Energy: M. Horowitz, Computing's energy problem, ISSCC 2014, figure 1.1.9 (45 nm, 0.9 V) for additions, multiplications
-and DRAM; the shift is ShiftAddNet's, arXiv 2010.12785 (quoted from memory). A bit operation is in neither: a word's
-XNOR and popcount are priced as two int32 additions, our assumption.
+and DRAM. That figure has no shift: 0.13 pJ for one of 32 bits is what the authors of ShiftAddViT compute with, beside
+the same 3.7 and 0.9 (`get_unit_energy` in pvt/hw_utils.py of https://github.com/GATECH-EIC/ShiftAddViT, commit 47671cf;
+ShiftAddNAS has it too, ShiftAddLLM has 0.1). This was read in their code; the table of the paper that it goes back to
+(ShiftAddNet, arXiv 2010.12785) was not at hand. They price a layer of shifts by its shifts alone, here its additions
+are priced as well. A bit operation is in neither: a word's XNOR and popcount are priced as two int32 additions, our
+assumption.
 """
 
 from collections import Counter
@@ -36,11 +42,11 @@ ENERGY = {
     'multiplications': 3.7,  # float32
     'additions': 0.9,  # float32
     'integer_additions': 0.1,  # int32
-    'shifts': 0.13,  # int32
+    'shifts': 0.13,  # of 32 bits
     'bit_operations': 2 * 0.1 / 32,
 }
 DRAM = 640 / 4  # of a byte, from 640 of a 32-bit word
-BITS = {'signs': 1, 'powers': 5, 'numbers': 32}
+BITS = {'signs': 1, 'powers': 5, 'sums': 5, 'numbers': 32}
 
 _aten: Any = torch.ops.aten
 # operators, in place or not -> multiplications, additions and special functions of each element
@@ -141,6 +147,9 @@ class Counting(TorchDispatchMode):
         elif 'powers' in kinds:
             self.counts['shifts'] += count
             self.counts['integer_additions'] += count
+        elif 'sums' in kinds:
+            self.counts['shifts'] += 2 * count
+            self.counts['integer_additions'] += 2 * count
         else:
             self.counts['multiplications'] += count
             self.counts['additions'] += count
@@ -170,16 +179,30 @@ def _pointwise(func: Any) -> str | None:
 
 
 def kind(x: Tensor) -> str:
-    """'signs': all values are -1, 0 or 1; 'powers': 0 or signed powers of two from 2 ** -15 to 1; else 'numbers'."""
+    """What its values are, by the first that fits.
+
+    'signs': -1, 0 or 1. 'powers': 0 or signed powers of two from 2 ** -15 to 1. 'sums': 0, such powers, or signed sums
+    of two different ones from 2 ** -15 to 1. 'numbers': anything else.
+    """
     if not x.numel():
         return 'numbers'
     if bool(((x == 0) | (x.abs() == 1)).all()):
         return 'signs'
     if not x.is_floating_point():
         return 'numbers'
-    fraction, exponent = torch.frexp(x.float())
-    power = (fraction.abs() == 0.5) & (exponent <= 1) & (exponent >= -14)
-    return 'powers' if bool((power | (x == 0)).all()) else 'numbers'
+    size = x.abs().float()
+    rest = _without_largest_power(size)
+    if bool((rest == 0).all()):
+        return 'powers'
+    return 'sums' if bool((_without_largest_power(rest) == 0).all()) else 'numbers'
+
+
+def _without_largest_power(size: Tensor) -> Tensor:
+    """What is left of numbers from 0 on, their largest power of two taken off; inf where that is not allowed."""
+    fraction, exponent = torch.frexp(size)
+    allowed = (exponent <= 1) & (exponent >= -14)
+    rest = torch.ldexp(fraction - 0.5, exponent)
+    return torch.where(size == 0, 0, torch.where(allowed, rest, torch.inf))
 
 
 def cost(model: nn.Module, *inputs: Tensor, name: str = '') -> Cost:

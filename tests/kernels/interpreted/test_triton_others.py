@@ -11,6 +11,7 @@ from densezoo.kernels import (
     match_tokens,
     neighborhood_attention,
     pack_bits,
+    pack_shift_sums,
     pack_shifts,
     shift_linear,
 )
@@ -123,6 +124,19 @@ def test_shift_linear(bits, M, K, N):
 
     def call(backend, x, *rest):
         return shift_linear(x, packed, *rest, bits=bits, fixed=(4, 6), backend=backend)
+
+    pair(call, x, bias)
+    pair(call, x.half(), tolerance=0.01)
+
+
+def test_shift_linear_of_sums():
+    g = torch.Generator().manual_seed(0)
+    first, second = torch.randint(0, 4, (2, 66, 40), generator=g)
+    packed = pack_shift_sums(first, second, torch.randint(-1, 2, (66, 40), generator=g))
+    x, bias = torch.randn(3, 40, generator=g), torch.randn(66, generator=g)
+
+    def call(backend, x, *rest):
+        return shift_linear(x, packed, *rest, terms=2, fixed=(4, 6), backend=backend)
 
     pair(call, x, bias)
     pair(call, x.half(), tolerance=0.01)
