@@ -59,7 +59,7 @@ def test_seeds_of_a_config_share_a_row(tmp_path):
     lines = results.comparison_lines(universal, tmp_path, tmp_path)
     assert any('| 60.00 ± 0.00 (2) | 71.00 ± 1.41 (2) | 50.00 ± 0.00 (2) |' in line for line in lines)
     assert (
-        lines[-1] == '| quickstart/segmentation | FPN and Semantic FPN, this task alone |  | 76.00 |  |  | 1000 | 90 |'
+        lines[-1] == '| quickstart/segmentation | FPN and Semantic FPN, semantic alone |  | 76.00 |  |  | 1000 | 90 |'
     )
 
 
