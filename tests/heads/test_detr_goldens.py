@@ -35,7 +35,7 @@ def original(name):
     return head.eval(), cases, probe.image(cases['eval']['seed'], cases['eval']['shape'])
 
 
-ORIGINALS = ['fb_detr_l2', 'fb_detr_prenorm_l2']
+ORIGINALS = ['fb_detr_l2', 'fb_detr_prenorm_l2', pytest.param('fb_detr', marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize('name', ORIGINALS)
@@ -81,11 +81,13 @@ def test_original_matches_losses_and_results(name):
             assert value == pytest.approx(expected, rel=1e-4)
     results = head.predict([x], [SIZE] * 2)
     for result, recorded in zip(results, cases['eval']['outputs']['post'], strict=True):
-        order = torch.tensor(recorded['scores']).argsort(descending=True)[:10]  # theirs are in the queries' order
-        torch.testing.assert_close(result['scores'][0], torch.tensor(recorded['scores'])[order[0]])
-        for place in order.tolist():
-            box = torch.tensor(recorded['boxes'][place]).clamp(torch.zeros(4), torch.tensor([320.0, 256, 320, 256]))
-            assert (result['boxes'] - box).abs().amax(1).min() < 0.02
+        # theirs are in the queries' order, the first of them recorded, and not clipped
+        limit = torch.tensor([320.0, 256, 320, 256])
+        wanted = torch.tensor(recorded['boxes']).clamp(torch.zeros(4), limit)
+        assert len(wanted) >= 10
+        for box, score, label in zip(wanted, recorded['scores'], recorded['labels'], strict=True):
+            off = (result['boxes'] - box).abs().amax(1) / limit.max() + (result['scores'] - score).abs()
+            assert off.min() < 1e-4 and result['labels'][off.argmin()] == label
 
 
 def mmdet(name):
@@ -132,6 +134,8 @@ MMDET = [
     'mmdet_deformable_detr_twostage_l2',
     pytest.param('mmdet_deformable_detr_refine_l2', marks=pytest.mark.slow),
     pytest.param('mmdet_deformable_detr_l2', marks=pytest.mark.slow),
+    pytest.param('mmdet_detr', marks=pytest.mark.slow),
+    pytest.param('mmdet_deformable_detr', marks=pytest.mark.slow),
 ]
 
 
@@ -155,7 +159,8 @@ def test_mmdet_outputs_and_detections(name):
         assert agree.float().mean() > 0.9  # neighbours of equal score may change places
 
 
-@pytest.mark.parametrize('name', MMDET)
+# Of the Deformable DETR of six layers no losses were recorded.
+@pytest.mark.parametrize('name', MMDET[:-1])
 def test_mmdet_losses_and_gradients(name):
     head, cases = mmdet(name)
     case = cases['loss']
@@ -165,7 +170,9 @@ def test_mmdet_losses_and_gradients(name):
     losses = head.loss(features, [{**target, 'size': SIZE} for target in targets])
     for theirs, ours in (('cls', 'cls'), ('bbox', 'box'), ('iou', 'giou')):
         assert losses[f'loss_{ours}'].item() == pytest.approx(case['outputs'][f'loss_{theirs}'], rel=1e-4)
-        assert losses[f'loss_{ours}_0'].item() == pytest.approx(case['outputs'][f'd0.loss_{theirs}'], rel=1e-4)
+        for layer in range(len(head.decoder.layers) - 1):
+            expected = case['outputs'][f'd{layer}.loss_{theirs}']
+            assert losses[f'loss_{ours}_{layer}'].item() == pytest.approx(expected, rel=1e-4)
         if f'enc_loss_{theirs}' in case['outputs']:
             assert losses[f'loss_{ours}_encoder'].item() == pytest.approx(
                 case['outputs'][f'enc_loss_{theirs}'], rel=1e-4
