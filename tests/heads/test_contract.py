@@ -309,6 +309,22 @@ ERRORS = [
     ),
     (lambda: FCOS(feature_info=INFO, num_classes=3, center_radius=0), 'center_radius must be positive or None, got 0'),
     (
+        lambda: FCOS(feature_info=INFO, num_classes=3, distance='exponent'),
+        r"distance must be one of \('relu', 'exp'\), got 'exponent'; did you mean 'exp'",
+    ),
+    (
+        lambda: FCOS(feature_info=INFO, num_classes=3, centerness='box'),
+        r"centerness must be one of \('boxes', 'classes'\), got 'box'; did you mean 'boxes'",
+    ),
+    (
+        lambda: RetinaNet(feature_info=INFO, num_classes=3, low_quality='boxes'),
+        r"low_quality must be one of \('best', 'box'\), got 'boxes'; did you mean 'box'",
+    ),
+    (
+        lambda: RetinaNet(feature_info=INFO, num_classes=3, average='batches'),
+        r"average must be one of \('picture', 'batch'\), got 'batches'; did you mean 'batch'",
+    ),
+    (
         lambda: RetinaNet(feature_info=INFO, num_classes=3, score_threshold=5),
         r'score_threshold must be in \[0, 1\], got 5',
     ),

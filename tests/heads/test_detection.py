@@ -72,6 +72,16 @@ def test_matching_equals_the_recorded():
     assert (box_iou(batch.real, boxes(0, 40)).amax(1) == 0).sum() == 1
 
 
+@pytest.mark.parametrize(('low_quality', 'first'), [('best', 1), ('box', 2), ('none', 1)])
+def test_whose_a_box_s_best_anchor_is(low_quality, first):
+    """Anchor 0 is the best of boxes 0 and 2 (IoU 0.4) but overlaps box 1 more (0.83), whose best is anchor 1."""
+    boxes = torch.tensor([[0.0, 0, 10, 4], [0, 0, 10, 12], [0, 0, 10, 4], [30, 30, 35, 40]])
+    anchors = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 12], [30, 30, 40, 40], [60, 60, 70, 70]])
+    batch = detection.gather_targets([{'boxes': boxes, 'labels': torch.zeros(4)}], 1, torch.device('cpu'))
+    matched = detection.match_by_iou(batch, anchors, high=0.6, low=0.3, low_quality=low_quality)
+    assert matched[0].tolist() == [first, 1, -2 if low_quality == 'none' else 3, -1]
+
+
 def test_box_that_meets_no_anchor_takes_none():
     batch = detection.gather_targets(
         [{'boxes': torch.tensor([[500.0, 500, 520, 520]]), 'labels': torch.zeros(1)}], 1, torch.device('cpu')

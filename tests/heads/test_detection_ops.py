@@ -1,5 +1,5 @@
 """Without this a primitive of a detector could drift unseen where no whole head is recorded: anchors, matching, costs,
-losses and positions are compared with what MMDetection's own functions gave (detection_ops_mmdet)."""
+losses and positions are compared with what MMDetection's and torchvision's own functions gave."""
 
 import probe
 import pytest
@@ -13,10 +13,13 @@ from densezoo.heads.atss import match_by_statistics
 from densezoo.heads.gfl import distribution_focal_loss, quality_focal_loss
 from densezoo.heads.hungarian import hungarian
 from densezoo.heads.one_stage import IOU_LOSSES
-from densezoo.heads.set_prediction import Objects, matching_costs
+from densezoo.heads.roi_align import cut_by_kernel, cut_by_matrices
+from densezoo.heads.set_prediction import Objects, matching_costs, pairwise_giou
 from densezoo.heads.transformer import padding_of, sine_positions
+from densezoo.kernels import apart, suppress_by_products
 
 CASES = {case['name']: case['outputs'] for case in probe.load('heads/detection_ops_mmdet')['cases']}
+TORCHVISION = {case['name']: case['outputs'] for case in probe.load('heads/detection_ops_torchvision')['cases']}
 SIZE = (256, 320)
 TRUTH = torch.tensor([[20.0, 30, 120, 140], [100, 60, 300, 220], [5, 5, 60, 50], [200, 10, 230, 40]])
 INFO = PyramidInfo([1, 1, 1], [8, 16, 32])
@@ -125,3 +128,42 @@ def test_positions_of_a_padded_batch(name, offset):
     kept = seen[index]  # what stands in the padding is ours: nothing looks there
     assert 40 < kept.sum() < len(kept)
     torch.testing.assert_close(positions[index[kept]], torch.tensor(recorded['values'])[kept], rtol=1e-4, atol=1e-4)
+
+
+# torchvision's, where we compute the same in another way
+
+
+def test_overlaps():
+    probe.compare(pairwise_giou(boxes(0, 40), boxes(1)), TORCHVISION['iou']['giou'])
+
+
+@pytest.mark.parametrize(('name', 'threshold'), [('nms_05', 0.5), ('nms_03', 0.3), ('batched_03', 0.3)])
+def test_suppression(name, threshold):
+    scores, candidates = probe.image(2, [40]).sigmoid(), boxes(0, 40)
+    if name == 'batched_03':
+        candidates = apart(candidates[None], (torch.arange(40) % 3)[None])[0]
+    keep = suppress_by_products(candidates[None], scores[None], threshold)[0]
+    order = scores.argsort(descending=True)
+    assert order[keep[order]].tolist() == TORCHVISION['nms'][name]
+
+
+@pytest.mark.parametrize('cut', [cut_by_matrices, cut_by_kernel])
+@pytest.mark.parametrize('side', [7, 14])
+def test_regions(cut, side):
+    picture = torch.arange(12) % 2
+    order = picture.argsort(stable=True)
+    cuts = cut(probe.image(3, [2, 8, 32, 40]), boxes(1)[order] / 8, picture[order], side)
+    probe.compare(cuts[order.argsort()], TORCHVISION['roi_align'][f'out{side}_sr2_aligned0'])
+
+
+def test_torchvision_anchors():
+    anchors = detection.PyramidAnchors(
+        info=PyramidInfo([1, 1], [8, 16]),
+        sizes=((32, 40, 50), (64, 70, 80)),
+        aspect_ratios=(0.5, 1.0, 2.0),
+        offset=0.0,
+        exact_strides=False,
+    )
+    first, _ = anchors.on([torch.zeros(1, 1, 8, 10), torch.zeros(1, 1, 4, 5)])
+    recorded = torch.tensor(TORCHVISION['tv_anchors']['first'])  # the other level has one size there, ours as many
+    torch.testing.assert_close(first[: len(recorded)], recorded)
