@@ -309,8 +309,8 @@ ERRORS = [
     ),
     (lambda: FCOS(feature_info=INFO, num_classes=3, center_radius=0), 'center_radius must be positive or None, got 0'),
     (
-        lambda: FCOS(feature_info=INFO, num_classes=3, distance='exponent'),
-        r"distance must be one of \('relu', 'exp'\), got 'exponent'; did you mean 'exp'",
+        lambda: FCOS(feature_info=INFO, num_classes=3, distance='expo'),
+        r"distance must be one of \('relu', 'exp'\), got 'expo'; did you mean 'exp'",
     ),
     (
         lambda: FCOS(feature_info=INFO, num_classes=3, centerness='box'),
