@@ -1,11 +1,12 @@
-"""Without this DETR and Deformable DETR could drift from the published systems: outputs, matches, losses, gradients and
-detections are compared with what the authors' and MMDetection's code gave for the same weights and maps."""
+"""Without this DETR, Deformable DETR and RT-DETR could drift from the published systems: outputs, matches, losses,
+gradients and detections are compared with what the authors' and MMDetection's code gave for the same weights and
+maps."""
 
 import probe
 import pytest
 import torch
 
-from densezoo.heads import DETR, DeformableDETR, PyramidInfo, deformable_detr, detr
+from densezoo.heads import DETR, RTDETR, DeformableDETR, HybridEncoder, PyramidInfo, deformable_detr, detr
 from densezoo.heads.set_prediction import Objects
 
 SIZE = (256, 320)
@@ -182,3 +183,55 @@ def test_mmdet_losses_and_gradients(name):
     assert gradients
     for key, stored in gradients.items():
         probe.compare(gradient_of(head, key.removeprefix('grad_')), stored, relative=1e-3)
+
+
+def test_rtdetr():
+    golden, cases = load('rtdetr_l2')
+    config, case = golden['config'], cases['train']
+    options = {'num_heads': config['num_heads'], 'hidden': config['hidden']}
+    neck = HybridEncoder(
+        feature_info=PyramidInfo(config['in_channels'], config['strides']),
+        out_channels=config['channels'],
+        encoder_layers=config['encoder_layers'],
+        expansion=config['expansion'],
+        **options,
+    )
+    head = RTDETR(
+        feature_info=neck.feature_info,
+        num_classes=config['num_classes'],
+        num_queries=config['num_queries'],
+        channels=config['channels'],
+        num_points=config['num_points'],
+        decoder_layers=config['decoder_layers'],
+        **options,
+    )
+    both = torch.nn.ModuleDict({'encoder': neck, 'decoder': head})
+    assert sum(p.numel() for p in both.parameters()) == golden['params']
+    loaded = both.load_state_dict(probe.golden_state(golden), strict=False)
+    assert not loaded.unexpected_keys and all(key.endswith('num_batches_tracked') for key in loaded.missing_keys)
+    both.eval()
+    head.num_denoising = 0
+
+    maps = neck([probe.image(seed, shape) for seed, shape in zip(case['seeds'], case['shape'], strict=True)])
+    recorded = case['outputs']
+    for i, x in enumerate(maps):
+        probe.compare(x, recorded[f'neck{i}'])
+    logits, boxes = head(maps)
+    probe.compare(logits, recorded['all_cls'])
+    probe.compare(boxes, recorded['all_box'])
+    _, chosen_logits, start = head.select(*head.encode(maps))
+    probe.compare(chosen_logits, recorded['enc_cls'])
+    probe.compare(start.sigmoid(), recorded['enc_box'])
+
+    targets = [{key: torch.tensor(value) for key, value in target.items()} for target in case['targets']]
+    losses = head.loss(maps, targets)
+    for suffix, theirs in (('', ''), ('_0', '_aux_0'), ('_encoder', '_aux_1')):
+        for ours, name in (('cls', 'vfl'), ('box', 'bbox'), ('giou', 'giou')):
+            value = losses[f'loss_{ours}{suffix}'].item()
+            assert value == pytest.approx(recorded[f'loss_{name}{theirs}'], rel=1e-4)
+    sum(losses.values()).backward()
+    parameters = dict(both.named_parameters())
+    gradients = {key.removeprefix('grad_'): value for key, value in recorded.items() if key.startswith('grad_')}
+    assert len(gradients) == 6
+    for key, stored in gradients.items():
+        probe.compare(parameters[key].grad, stored, relative=1e-3)
