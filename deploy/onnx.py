@@ -52,6 +52,7 @@ def export_onnx(
     import onnx
 
     program = export_program(model, example, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size, min_size=min_size)
+    _keep_small_addends(program.graph)
     count = len(program.graph_signature.user_outputs)
     if outputs is None:
         outputs = ['output'] if count == 1 else [f'output{i}' for i in range(count)]
@@ -146,6 +147,19 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def _keep_small_addends(graph: torch.fx.Graph) -> None:
+    """Numbers that guard divisions survive: onnxscript takes scalars up to 1e-8 for zero and drops the addition."""
+    for node in graph.find_nodes(op='call_function', target=torch.ops.aten.add.Tensor):
+        x, addend = node.args
+        if isinstance(addend, float) and 0 < abs(addend) < 1e-7:
+            like = node.meta['val']
+            with graph.inserting_before(node):
+                options = {'dtype': like.dtype, 'device': like.device}
+                one = graph.call_function(torch.ops.aten.full.default, ([1], addend), options)
+            one.meta['val'] = like.new_full((1,), addend)
+            node.args = (x, one)
 
 
 def _operators() -> dict[Any, Any]:

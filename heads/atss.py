@@ -78,6 +78,7 @@ class SquareAnchors(OneStage):
             aspect_ratios=(1.0,),
             offset=anchor_offset,
             exact_strides=True,
+            exact_sizes=True,
         )
         width = self.inputs.same_channels(type(self).__name__)
         channels = positive('channels', width if channels is None else channels)
@@ -139,7 +140,7 @@ class ATSS(SquareAnchors):
 
     Args:
         feature_info ... num_candidates, prior, score_threshold ... min_size: see SquareAnchors.
-        box_loss: 'giou' (published), 'diou' or 'ciou'.
+        box_loss: 'giou' (published), 'iou', 'diou' or 'ciou'.
         box_weight: factor of the box loss.
         focal_alpha, focal_gamma: of the focal loss.
     """

@@ -56,7 +56,8 @@ class DeformableDETR(SetDetector):
         hidden: width between the two linear layers of a layer.
         dropout: in the transformer.
         refine: each layer of the decoder moves the boxes of the one before (iterative refinement).
-        two_stages: the encoder's best cells become the queries; needs `refine`.
+        two_stages: the encoder's best cells become the queries, and boxes are relative to theirs; published with
+            `refine`, without it one head serves all layers and the encoder.
         class_weight, box_weight, giou_weight: of the losses, and of the terms of matching.
         prior: initial probability of every class.
         detections, score_threshold, min_size: decoding, see SetDetector.
@@ -105,8 +106,6 @@ class DeformableDETR(SetDetector):
         maps = self.inputs.channels()
         if num_levels < len(maps):
             raise ValueError(f'num_levels must be at least the {len(maps)} maps of the pyramid, got {num_levels}')
-        if two_stages and not refine:
-            raise ValueError('two_stages=True needs refine=True: proposals are boxes that layers refine')
         self.channels, self.num_queries = channels, positive('num_queries', num_queries)
         self.refine, self.two_stages = refine, two_stages
         self.input_proj = nn.ModuleList(_projection(width, channels, 1) for width in maps)

@@ -76,6 +76,7 @@ class PyramidAnchors(AnchorGenerator):
         offset: position of an anchor within its cell: 0 (torchvision) its top left corner, 0.5 its centre.
         exact_strides: torchvision places anchors (padded size) // (map size) pixels apart, which for maps that were
             rounded up is less than their stride (320 // 3 = 106 for stride 128); True uses the strides as declared.
+        exact_sizes: torchvision rounds the corners of the anchors around 0 to whole pixels; True does not.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class PyramidAnchors(AnchorGenerator):
         aspect_ratios: Sequence[float],
         offset: float,
         exact_strides: bool,
+        exact_sizes: bool = False,
     ):
         if len(sizes) != len(info) or not all(len(level) == len(sizes[0]) > 0 for level in sizes):
             raise ValueError(f'anchor_sizes needs as many sizes on each of the {len(info)} levels, got {sizes}')
@@ -94,7 +96,8 @@ class PyramidAnchors(AnchorGenerator):
         if not 0 <= offset < 1:
             raise ValueError(f'anchor_offset must be in [0, 1), got {offset}')
         super().__init__(tuple(tuple(level) for level in sizes), (tuple(aspect_ratios),) * len(sizes))
-        self.info, self.offset, self.exact_strides = info, offset, exact_strides
+        self.info, self.offset = info, offset
+        self.exact_strides, self.exact_sizes = exact_strides, exact_sizes
         self._cache: dict[Any, list[Tensor]] = {}
 
     def per_location(self) -> int:
@@ -115,7 +118,8 @@ class PyramidAnchors(AnchorGenerator):
         return self._cache[key]
 
     def _compute(self, grids: Sequence[Size], padded: Size, device: torch.device) -> list[Tensor]:
-        cells = [self.generate_anchors(s, r, torch.float32, device) for s, r in zip(self.sizes, self.aspect_ratios)]
+        cell = exact_cell if self.exact_sizes else self.generate_anchors
+        cells = [cell(s, r, torch.float32, device) for s, r in zip(self.sizes, self.aspect_ratios)]
         steps = [
             (s, s) if self.exact_strides else (max(padded[0] // h, 1), max(padded[1] // w, 1))
             for s, (h, w) in zip(self.info.reduction(), grids)
@@ -127,6 +131,16 @@ class PyramidAnchors(AnchorGenerator):
         y, x = ((torch.arange(count, device=cells.device) + self.offset) * length for count, length in zip(grid, step))
         y, x = torch.meshgrid(y, x, indexing='ij')
         return (torch.stack([x, y, x, y], -1)[..., None, :] + cells).reshape(-1, 4)
+
+
+def exact_cell(
+    sizes: Sequence[float], aspect_ratios: Sequence[float], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """(A, 4) anchors around 0 in torchvision's order, all sizes of one ratio after the other, not rounded."""
+    root = torch.tensor(aspect_ratios, dtype=dtype, device=device).sqrt()[:, None]
+    size = torch.tensor(sizes, dtype=dtype, device=device)
+    half = torch.stack([(size / root).flatten(), (size * root).flatten()], 1) / 2
+    return torch.cat([-half, half], 1)
 
 
 def level_sizes(levels: Sequence[Tensor]) -> list[int]:
@@ -144,20 +158,32 @@ def spread(rows: Tensor, counts: Sequence[int], fill: float) -> Tensor:
     return out
 
 
-def match_by_iou(truth: GroundTruth, anchors: Tensor, *, high: float, low: float, low_quality: bool) -> Tensor:
-    """torchvision's Matcher for a whole batch: (B, N) int64, a box of the picture, BACKGROUND or IGNORED.
+def match_by_iou(truth: GroundTruth, anchors: Tensor, *, high: float, low: float, low_quality: str = 'best') -> Tensor:
+    """Boxes of a whole batch for its anchors: (B, N) int64, a box of the picture, BACKGROUND or IGNORED.
 
-    An anchor gets its best box if their IoU is >= high, is ignored in [low, high), is background below. With
-    `low_quality` each box also gets the anchors that overlap it most. Differs: a box that overlaps no anchor gets none
-    (there it gets all).
+    An anchor gets its best box if their IoU is >= high, is ignored in [low, high), is background below. An anchor that
+    overlaps some box as much as none of the others does is never left out: with low_quality='best' it gets its own best
+    box (torchvision's Matcher), with 'box' that box, of several the last (MMDetection's MaxIoUAssigner); 'none' leaves
+    it. Differs from both: a box that overlaps no anchor gets none (there it gets all).
     """
     quality = spread(box_iou(truth.real, anchors), truth.counts, -1.0)  # (B, M, N)
     best, index = quality.max(1)
     matched = torch.where(best >= high, index, torch.where(best >= low, IGNORED, BACKGROUND))
-    if low_quality:
+    if low_quality != 'none':
         peak = quality.amax(2, keepdim=True)
-        matched = torch.where(((quality == peak) & (peak > 0)).any(1), index, matched)
+        wanted = (quality == peak) & (peak > 0)
+        if low_quality == 'box':
+            index = quality.shape[1] - 1 - wanted.flip(1).int().argmax(1)
+        matched = torch.where(wanted.any(1), index, matched)
     return matched
+
+
+def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """IoU of row with row: (T, 4), (T, 4) xyxy -> (T,)."""
+    inner = (torch.minimum(boxes[:, 2:], others[:, 2:]) - torch.maximum(boxes[:, :2], others[:, :2])).clamp(min=0)
+    inner = inner.prod(1)
+    union = (boxes[:, 2:] - boxes[:, :2]).prod(1) + (others[:, 2:] - others[:, :2]).prod(1) - inner
+    return inner / union.clamp(min=1e-9)
 
 
 def select_candidates(

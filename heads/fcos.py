@@ -1,7 +1,8 @@
 """FCOS: Fully Convolutional One-Stage Object Detection (Tian et al. 2019, arXiv:1904.01355; 2020, arXiv:2006.09214), on
 torchvision's FCOSHead: centre sampling, distances normalised by the stride, GIoU loss, centreness on the box tower.
 
-Keys are those of torchvision's FCOS (head.classification_head..., head.regression_head...).
+Keys are those of torchvision's FCOS (head.classification_head..., head.regression_head...); `convert` takes
+MMDetection's FCOSHead, whose numbers FCOS(**MMDETECTION, ...) gives, those of the first paper FCOS(**FIRST, ...).
 Differs from torchvision: labels are 0..K-1; boxes that clipping leaves empty are dropped (min_size=-1 keeps them); a
 distance that lies exactly on the border of two levels belongs to both (there to none); points are matched for
 the whole batch at once.
@@ -24,6 +25,25 @@ from .one_stage import IOU_LOSSES, Candidates, OneStage, Scale, by_location
 from .pyramid import FeatureInfo, choose, norm_layer, positive
 from .renaming import rename
 
+# What MMDetection's FCOSHead with the tricks of the second paper computes otherwise than torchvision, and without them.
+MMDETECTION: dict[str, Any] = {
+    'point_offset': 0.5,
+    'exact_strides': True,
+    'scales': True,
+    'weigh_boxes': True,
+    'product': True,
+    'score_threshold': 0.05,
+    'nms_threshold': 0.5,
+}
+FIRST: dict[str, Any] = {
+    **MMDETECTION,
+    'center_radius': None,
+    'distance': 'exp',
+    'centerness': 'classes',
+    'conv_bias': False,
+    'box_loss': 'iou',
+}
+
 
 class FCOS(OneStage):
     """Anchor-free one-stage detector on maps of one width (an FPN's).
@@ -34,13 +54,16 @@ class FCOS(OneStage):
         channels: width of the towers (default: the maps').
         num_convs: convolutions of each tower.
         norm: 'group' (published) or 'none' in the towers.
+        conv_bias: of the towers' convolutions.
         center_radius: points within so many strides of a box's centre are positive; None: all points inside the box.
         size_ranges: per level, [low, high]: the largest distance to a side, in pixels, that the level is responsible
             for; default 4 to 8 strides, from 0 on the first and to infinity on the last level.
         point_offset, exact_strides: placement of the points, see detection.PyramidAnchors.
-        box_loss: 'giou' (torchvision), 'diou' or 'ciou'.
+        box_loss: 'giou' (torchvision), 'iou' (the first paper), 'diou' or 'ciou'.
         box_weight: factor of the box loss.
-        scales: a learnable factor of each level's distances (a trick of the second paper, as the two that follow).
+        distance: 'relu' of strides (torchvision) or 'exp' of pixels (the first paper) are the distances.
+        centerness: whose tower gives it, 'boxes' (torchvision) or 'classes' (the first paper).
+        scales: a learnable factor of each level's distances.
         weigh_boxes: each point's box loss counts by its centreness.
         product: the score is class score * centreness, and class scores alone choose candidates (the papers);
             torchvision takes the root of the product for both.
@@ -59,12 +82,15 @@ class FCOS(OneStage):
         channels: int | None = None,
         num_convs: int = 4,
         norm: str = 'group',
+        conv_bias: bool = True,
         center_radius: float | None = 1.5,
         size_ranges: Sequence[tuple[float, float]] | None = None,
         point_offset: float = 0.0,
         exact_strides: bool = False,
         box_loss: str = 'giou',
         box_weight: float = 1.0,
+        distance: str = 'relu',
+        centerness: str = 'boxes',
         scales: bool = False,
         weigh_boxes: bool = False,
         product: bool = False,
@@ -90,6 +116,8 @@ class FCOS(OneStage):
             raise ValueError(f'center_radius must be positive or None, got {center_radius}')
         self.center_radius = center_radius
         self.box_loss, self.box_weight = choose('box_loss', box_loss, tuple(IOU_LOSSES)), box_weight
+        self.distance = choose('distance', distance, ('relu', 'exp'))
+        self.centerness = choose('centerness', centerness, ('boxes', 'classes'))
         self.focal_alpha, self.focal_gamma = focal_alpha, focal_gamma
 
         strides = self.inputs.reduction()
@@ -113,7 +141,7 @@ class FCOS(OneStage):
         # Built without towers (they would insist on multiples of 32 channels); ours have the same keys.
         self.head = FCOSHead(channels, 1, num_classes, num_convs=0)
         for part in (self.head.classification_head, self.head.regression_head):
-            part.conv = _tower(width, channels, num_convs, norm)
+            part.conv = _tower(width, channels, num_convs, norm, conv_bias)
         nn.init.constant_(self.head.classification_head.cls_logits.bias, -math.log((1 - prior) / prior))
         self.scales = nn.ModuleList(Scale() for _ in strides) if scales else None
         self.weigh_boxes, self.product = weigh_boxes, product
@@ -125,11 +153,13 @@ class FCOS(OneStage):
         logits, distances, centerness = [], [], []
         classes, boxes = self.head.classification_head, self.head.regression_head
         for i, x in enumerate(features):
-            logits.append(classes.cls_logits(classes.conv(x)))
-            x = boxes.conv(x)
-            distance = boxes.bbox_reg(x)
-            distances.append(F.relu(distance if self.scales is None else self.scales[i](distance)))
-            centerness.append(boxes.bbox_ctrness(x))
+            by_class, by_box = classes.conv(x), boxes.conv(x)
+            logits.append(classes.cls_logits(by_class))
+            distance = boxes.bbox_reg(by_box)
+            distance = distance if self.scales is None else self.scales[i](distance)
+            exponential = self.distance == 'exp'
+            distances.append(distance.exp() / self.inputs.reduction()[i] if exponential else F.relu(distance))
+            centerness.append(boxes.bbox_ctrness(by_box if self.centerness == 'boxes' else by_class))
         return by_location(logits, self.num_classes), by_location(distances, 4), by_location(centerness, 1)
 
     def loss(self, features: Sequence[Tensor], targets: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -193,16 +223,17 @@ def centre_weight(sides: Tensor) -> Tensor:
     return torch.sqrt(horizontal.amin(-1) / horizontal.amax(-1) * (vertical.amin(-1) / vertical.amax(-1)))
 
 
-def _tower(in_channels: int, channels: int, num_convs: int, norm: str) -> nn.Sequential:
-    """(3x3 convolution with bias, norm, ReLU) in a flat Sequential as torchvision has it, normal std 0.01."""
+def _tower(in_channels: int, channels: int, num_convs: int, norm: str, bias: bool) -> nn.Sequential:
+    """(3x3 convolution, norm, ReLU) in a flat Sequential as torchvision has it, normal std 0.01."""
     layer = norm_layer(choose('norm', norm, ('none', 'group')))
     if num_convs < 1 and in_channels != channels:
         raise ValueError(f"num_convs=0 needs channels equal to the maps' width {in_channels}, got channels={channels}")
     layers: list[nn.Module] = []
     for i in range(num_convs):
-        conv = nn.Conv2d(in_channels if i == 0 else channels, channels, 3, padding=1)
+        conv = nn.Conv2d(in_channels if i == 0 else channels, channels, 3, padding=1, bias=bias)
         nn.init.normal_(conv.weight, std=0.01)
-        nn.init.constant_(conv.get_parameter('bias'), 0)
+        if bias:
+            nn.init.zeros_(conv.get_parameter('bias'))
         layers += [conv, layer(channels) if layer else nn.Identity(), nn.ReLU()]
     return nn.Sequential(*layers)
 
@@ -219,7 +250,7 @@ _RENAMES = (
 
 
 def convert(state: dict[str, Any]) -> dict[str, Any]:
-    """The head's entries under the names of MMDetection's FCOSHead (conv_bias=True), renamed to torchvision's."""
+    """The head's entries of a state dict under the names of MMDetection's FCOSHead, renamed to torchvision's."""
     renamed = {}
     for key, value in state.items():
         key = rename(key, _RENAMES)

@@ -18,7 +18,6 @@ from . import detection as det
 from .atss import SquareAnchors
 from .one_stage import IOU_LOSSES, Candidates
 from .pyramid import FeatureInfo, choose, positive
-from .set_prediction import paired_iou
 
 # B pictures, K classes, N anchors of all levels, R + 1 distances in strides, of which each side has a distribution
 
@@ -29,7 +28,7 @@ class GFL(SquareAnchors):
     Args:
         feature_info ... num_candidates, prior, score_threshold ... min_size: see SquareAnchors.
         max_distance: R, the largest distance from an anchor's centre to a side, in strides.
-        box_loss: 'giou' (published), 'diou' or 'ciou'.
+        box_loss: 'giou' (published), 'iou', 'diou' or 'ciou'.
         box_weight, distribution_weight: factors of the two box losses.
         quality_gamma: exponent of the quality focal loss.
     """
@@ -97,7 +96,7 @@ class GFL(SquareAnchors):
         ours = self.boxes_of(distributions, chosen) / stride
 
         quality = torch.zeros_like(logits)
-        quality[picture, anchor, truth.labels[row]] = paired_iou(ours.detach(), boxes)
+        quality[picture, anchor, truth.labels[row]] = det.paired_iou(ours.detach(), boxes)
         loss_cls = quality_focal_loss(logits, quality, self.quality_gamma).sum()
 
         weight = logits[picture, anchor].detach().sigmoid().amax(1)

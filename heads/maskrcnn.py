@@ -334,7 +334,6 @@ class Proposals(RegionProposalNetwork):
             anchors,
             high=self.proposal_matcher.high_threshold,
             low=self.proposal_matcher.low_threshold,
-            low_quality=True,
         )
         labels = torch.where(matched >= 0, 1.0, torch.where(matched == det.IGNORED, -1.0, 0.0))
         positive, negative = self.fg_bg_sampler(list(labels))

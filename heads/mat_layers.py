@@ -107,7 +107,8 @@ class PartialConv(nn.Module):
         window = mask.new_ones(1, 1, self.size, self.size)
         count = F.conv2d(mask, window, stride=self.down, padding=self.size // 2)
         known = count.clamp(0, 1)
-        return x * (self.size**2 / (count + 1e-8) * known), known
+        # Counts are whole: one at least, rather than the authors' + 1e-8, which half precision rounds away.
+        return x * (self.size**2 / count.clamp(min=1) * known), known
 
 
 class MaskedWindowAttention(nn.Module):

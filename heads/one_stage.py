@@ -18,7 +18,16 @@ from .pyramid import FeatureInfo, PyramidInfo, Size, check_sizes, choose, norm_l
 
 # B pictures, K classes, N anchors of all levels, M candidates, A anchors per location
 
+
+def iou_loss(boxes: Tensor, others: Tensor, reduction: str) -> Tensor:
+    """UnitBox (Yu et al. 2016, arXiv:1608.01471): -log of the IoU (at least 1e-6) of row with row, (T, 4), (T, 4) ->
+    (T,); reduction is 'none', as the other losses need."""
+    assert reduction == 'none'
+    return -det.paired_iou(boxes, others).clamp(min=1e-6).log()
+
+
 IOU_LOSSES: dict[str, Callable[..., Tensor]] = {
+    'iou': iou_loss,
     'giou': generalized_box_iou_loss,
     'diou': distance_box_iou_loss,
     'ciou': complete_box_iou_loss,

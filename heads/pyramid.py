@@ -107,8 +107,10 @@ def norm_layer(norm: str) -> Callable[[int], nn.Module] | None:
 
 
 def _group_norm(groups: int, channels: int) -> nn.GroupNorm:
-    # At least two channels in a group: one value of a 1x1 map cannot be normalised, and PyTorch refuses it.
-    return nn.GroupNorm(math.gcd(groups, max(1, channels // 2)), channels)
+    if channels % groups or channels == groups:
+        # At least two channels in a group: one value of a 1x1 map cannot be normalised, and PyTorch refuses it.
+        groups = math.gcd(groups, max(1, channels // 2))
+    return nn.GroupNorm(groups, channels)
 
 
 def check_sizes(sizes: Sequence[Size], batch: int, padded: Size, original_sizes: Sequence[Size] | None) -> None:

@@ -134,4 +134,7 @@ def convert(state: Mapping[str, Any], part: str = 'decode_head') -> dict[str, An
         state: the whole state dict.
         part: 'decode_head', or 'auxiliary_head' (with '.0', '.1' where there are several).
     """
-    return {key.removeprefix(f'{part}.'): value for key, value in state.items() if key.startswith(f'{part}.')}
+    entries = {key.removeprefix(f'{part}.'): value for key, value in state.items() if key.startswith(f'{part}.')}
+    return {
+        key.replace('.gn.', '.bn.'): value for key, value in entries.items()
+    }  # ours are called alike, whatever kind

@@ -274,19 +274,11 @@ def set_losses(
             hot[layer, picture, query, labels] = 1
             each = sigmoid_focal_loss(logits, hot, 0.25, 2.0, reduction='none')
         else:
-            overlap = paired_iou(*(x.detach() for x in corners))
+            overlap = det.paired_iou(*(x.detach() for x in corners))
             hot[layer, picture, query, labels] = overlap.to(hot.dtype)
             each = varifocal_loss(logits, hot)
         loss_cls = each.flatten(1).sum(1) / total
     return {'loss_cls': loss_cls, 'loss_box': loss_box, 'loss_giou': loss_giou}
-
-
-def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """IoU of row with row: (T, 4), (T, 4) xyxy -> (T,)."""
-    inner = (torch.minimum(boxes[:, 2:], others[:, 2:]) - torch.maximum(boxes[:, :2], others[:, :2])).clamp(min=0)
-    inner = inner.prod(1)
-    union = (boxes[:, 2:] - boxes[:, :2]).prod(1) + (others[:, 2:] - others[:, :2]).prod(1) - inner
-    return inner / union.clamp(min=1e-9)
 
 
 def varifocal_loss(logits: Tensor, quality: Tensor, alpha: float = 0.75, gamma: float = 2.0) -> Tensor:

@@ -35,9 +35,16 @@ def test_there_are_configs_for_every_task():
 
 
 # The universal heads have tens of millions of parameters, and two-stage detectors take seconds per step, whatever the
-# backbone: by default those of a few backbones are built and take their step.
-BUILT_LATER = [name for name in NAMES if name.startswith('universal/') and 'poolformer' not in name]
+# backbone: by default those of a few backbones are built and take their step. Nor is a mixer or a loss that comes on
+# several backbones tried on more than one.
+VARIED = [
+    name
+    for name in NAMES
+    if 'poolformer' not in name and any(part in name for part in ('gnconv_', 'hilo_', 'unet_allinone', 'unet_inpaint'))
+]
+BUILT_LATER = [name for name in NAMES if name.startswith('universal/') and 'poolformer' not in name] + VARIED
 STEPPED_LATER = [name for name in NAMES if name.startswith('universal/') and 'poolformer_s12_mask2former' not in name]
+STEPPED_LATER += VARIED
 STEPPED_LATER += [
     name
     for name in NAMES
@@ -79,6 +86,21 @@ def test_recipe_states_its_figure(name):
     """The last comment of a recipe is the published figure, or says that there is none."""
     last = find_config(name).read_text().strip().splitlines()[-1]
     assert last.startswith('# ') and 'published' in last and 'trained here' in last
+
+
+RECIPES = {
+    'detection': 'retinanet fcos atss gfl maskrcnn cascade detr deformable rtdetr',
+    'segmentation': 'semfpn upernet segformer deeplabv3plus semfpn_sbcb semfpn_hilo upernet_gnconv',
+    'universal': 'kmax mask2former oneformer',
+    'restoration': 'histoformer restormer unet_allinone unet_inpaint512',
+}
+
+
+@pytest.mark.parametrize(('folder', 'head'), [(folder, head) for folder in RECIPES for head in RECIPES[folder].split()])
+def test_each_head_has_recipes_on_backbones_of_three_kinds(folder, head):
+    """Pooling, windows, plain: what one kind of pyramid hides another shows."""
+    for backbone in ('poolformer_s12', 'swin_tiny', 'deit_small'):
+        assert any(name.startswith(f'{folder}/{backbone}_{head}_') for name in NAMES), backbone
 
 
 def test_the_quickstart_with_fewer_tokens_saves_what_it_says():

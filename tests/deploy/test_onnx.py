@@ -52,6 +52,20 @@ def test_metadata(tiny, tmp_path):
         read_metadata(tmp_path / 'text.onnx')
 
 
+def test_a_small_number_that_guards_a_division_survives(tmp_path):
+    """Exporters' optimizers took it for zero, and 0 / 0 is not a number."""
+
+    class Shares(torch.nn.Module):
+        def forward(self, x):
+            x = x.relu()
+            return x / (x.sum(1, keepdim=True) + 1e-15)
+
+    images = torch.randn(2, 3, 8, 8)
+    images[:, :, :4] = -1.0
+    path = export_onnx(Shares(), images, tmp_path / 'shares.onnx')
+    torch.testing.assert_close(OnnxModel(path)(images), Shares()(images))
+
+
 def test_static_graphs_compute_no_shapes(tmp_path):
     model = create_model('poolformer_s12', depths=(1, 1, 1, 1), dims=(16, 16, 32, 32), num_classes=3).eval()
     path = export_onnx(model, torch.randn(1, 3, 64, 64), tmp_path / 'static.onnx', dynamic_batch=False)

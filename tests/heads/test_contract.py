@@ -55,6 +55,9 @@ DETECTORS = {
         box_loss='giou',
         anchor_offset=0.5,
         exact_strides=True,
+        exact_sizes=True,
+        low_quality='box',
+        average='batch',
         score_threshold=0.0,
         **kw,
     ),
@@ -66,6 +69,8 @@ DETECTORS = {
         norm='none',
         center_radius=None,
         box_loss='diou',
+        distance='exp',
+        centerness='classes',
         point_offset=0.5,
         exact_strides=True,
         scales=True,
@@ -308,6 +313,22 @@ ERRORS = [
         r'size_ranges needs one 0 <= low < high per level \(3\)',
     ),
     (lambda: FCOS(feature_info=INFO, num_classes=3, center_radius=0), 'center_radius must be positive or None, got 0'),
+    (
+        lambda: FCOS(feature_info=INFO, num_classes=3, distance='expo'),
+        r"distance must be one of \('relu', 'exp'\), got 'expo'; did you mean 'exp'",
+    ),
+    (
+        lambda: FCOS(feature_info=INFO, num_classes=3, centerness='box'),
+        r"centerness must be one of \('boxes', 'classes'\), got 'box'; did you mean 'boxes'",
+    ),
+    (
+        lambda: RetinaNet(feature_info=INFO, num_classes=3, low_quality='boxes'),
+        r"low_quality must be one of \('best', 'box'\), got 'boxes'; did you mean 'box'",
+    ),
+    (
+        lambda: RetinaNet(feature_info=INFO, num_classes=3, average='batches'),
+        r"average must be one of \('picture', 'batch'\), got 'batches'; did you mean 'batch'",
+    ),
     (
         lambda: RetinaNet(feature_info=INFO, num_classes=3, score_threshold=5),
         r'score_threshold must be in \[0, 1\], got 5',

@@ -35,12 +35,12 @@ def truth(*counts):
 
 
 @pytest.mark.parametrize('counts', [(3, 0, 1), (0, 0), (2, 2), (7,), (1, 5, 0, 2)], ids=str)
-@pytest.mark.parametrize('low_quality', [True, False])
+@pytest.mark.parametrize('low_quality', ['best', 'none'])
 def test_matching_equals_torchvision(counts, low_quality):
     targets, batch = truth(*counts)
     anchors = random_boxes(400, 50)
     ours = detection.match_by_iou(batch, anchors, high=0.5, low=0.4, low_quality=low_quality)
-    matcher = Matcher(0.5, 0.4, allow_low_quality_matches=low_quality)
+    matcher = Matcher(0.5, 0.4, allow_low_quality_matches=low_quality == 'best')
     for target, matched in zip(targets, ours, strict=True):
         expected = torch.full((400,), -1)
         if len(target['boxes']):
@@ -67,16 +67,26 @@ def test_matching_equals_the_recorded():
         return torch.cat([centre - half, centre + half], 1)
 
     batch = detection.gather_targets([{'boxes': boxes(1, 12), 'labels': torch.zeros(12)}], 1, torch.device('cpu'))
-    ours = detection.match_by_iou(batch, boxes(0, 40), high=0.4, low=0.2, low_quality=False)
+    ours = detection.match_by_iou(batch, boxes(0, 40), high=0.4, low=0.2, low_quality='none')
     assert ours[0].tolist() == case['outputs']['low_quality_False']
     assert (box_iou(batch.real, boxes(0, 40)).amax(1) == 0).sum() == 1
+
+
+@pytest.mark.parametrize(('low_quality', 'first'), [('best', 1), ('box', 2), ('none', 1)])
+def test_whose_a_box_s_best_anchor_is(low_quality, first):
+    """Anchor 0 is the best of boxes 0 and 2 (IoU 0.4) but overlaps box 1 more (0.83), whose best is anchor 1."""
+    boxes = torch.tensor([[0.0, 0, 10, 4], [0, 0, 10, 12], [0, 0, 10, 4], [30, 30, 35, 40]])
+    anchors = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 12], [30, 30, 40, 40], [60, 60, 70, 70]])
+    batch = detection.gather_targets([{'boxes': boxes, 'labels': torch.zeros(4)}], 1, torch.device('cpu'))
+    matched = detection.match_by_iou(batch, anchors, high=0.6, low=0.3, low_quality=low_quality)
+    assert matched[0].tolist() == [first, 1, -2 if low_quality == 'none' else 3, -1]
 
 
 def test_box_that_meets_no_anchor_takes_none():
     batch = detection.gather_targets(
         [{'boxes': torch.tensor([[500.0, 500, 520, 520]]), 'labels': torch.zeros(1)}], 1, torch.device('cpu')
     )
-    assert (detection.match_by_iou(batch, random_boxes(20, 0), high=0.5, low=0.4, low_quality=True) == -1).all()
+    assert (detection.match_by_iou(batch, random_boxes(20, 0), high=0.5, low=0.4) == -1).all()
 
 
 def test_anchor_placement():
@@ -130,7 +140,7 @@ def test_perfect_retinanet(options):
     head = RetinaNet(feature_info=INFO, num_classes=5, **options)
     batch = detection.gather_targets(TARGETS, 5, torch.device('cpu'))
     anchors = torch.cat(head.anchors.on(maps()))
-    matched = detection.match_by_iou(batch, anchors, high=0.5, low=0.4, low_quality=True)
+    matched = detection.match_by_iou(batch, anchors, high=0.5, low=0.4)
     logits, rows = perfect(head, matched, batch)
     boxes = torch.where((matched >= 0)[..., None], batch.boxes[rows], anchors)
     offsets = torch.stack([head.box_coder.encode_single(b, anchors) for b in boxes])

@@ -1,11 +1,12 @@
-"""Without this DETR and Deformable DETR could drift from the published systems: outputs, matches, losses, gradients and
-detections are compared with what the authors' and MMDetection's code gave for the same weights and maps."""
+"""Without this DETR, Deformable DETR and RT-DETR could drift from the published systems: outputs, matches, losses,
+gradients and detections are compared with what the authors' and MMDetection's code gave for the same weights and
+maps."""
 
 import probe
 import pytest
 import torch
 
-from densezoo.heads import DETR, DeformableDETR, PyramidInfo, deformable_detr, detr
+from densezoo.heads import DETR, RTDETR, DeformableDETR, HybridEncoder, PyramidInfo, deformable_detr, detr
 from densezoo.heads.set_prediction import Objects
 
 SIZE = (256, 320)
@@ -24,6 +25,9 @@ def original(name):
         feature_info=PyramidInfo([512], [32]),
         num_classes=config['num_classes'],
         num_queries=config['num_queries'],
+        channels=config['d_model'],
+        num_heads=config['heads'],
+        hidden=config['ffn'],
         encoder_layers=config['layers'],
         decoder_layers=config['layers'],
         pre_norm=config['pre_norm'],
@@ -35,7 +39,7 @@ def original(name):
     return head.eval(), cases, probe.image(cases['eval']['seed'], cases['eval']['shape'])
 
 
-ORIGINALS = ['fb_detr_l2', 'fb_detr_prenorm_l2']
+ORIGINALS = ['fb_detr_l2', 'fb_detr_prenorm_l2', pytest.param('fb_detr', marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize('name', ORIGINALS)
@@ -81,11 +85,13 @@ def test_original_matches_losses_and_results(name):
             assert value == pytest.approx(expected, rel=1e-4)
     results = head.predict([x], [SIZE] * 2)
     for result, recorded in zip(results, cases['eval']['outputs']['post'], strict=True):
-        order = torch.tensor(recorded['scores']).argsort(descending=True)[:10]  # theirs are in the queries' order
-        torch.testing.assert_close(result['scores'][0], torch.tensor(recorded['scores'])[order[0]])
-        for place in order.tolist():
-            box = torch.tensor(recorded['boxes'][place]).clamp(torch.zeros(4), torch.tensor([320.0, 256, 320, 256]))
-            assert (result['boxes'] - box).abs().amax(1).min() < 0.02
+        # theirs are in the queries' order, the first of them recorded, and not clipped
+        limit = torch.tensor([320.0, 256, 320, 256])
+        wanted = torch.tensor(recorded['boxes']).clamp(torch.zeros(4), limit)
+        assert len(wanted) >= 10
+        for box, score, label in zip(wanted, recorded['scores'], recorded['labels'], strict=True):
+            off = (result['boxes'] - box).abs().amax(1) / limit.max() + (result['scores'] - score).abs()
+            assert off.min() < 1e-4 and result['labels'][off.argmin()] == label
 
 
 def mmdet(name):
@@ -132,6 +138,8 @@ MMDET = [
     'mmdet_deformable_detr_twostage_l2',
     pytest.param('mmdet_deformable_detr_refine_l2', marks=pytest.mark.slow),
     pytest.param('mmdet_deformable_detr_l2', marks=pytest.mark.slow),
+    pytest.param('mmdet_detr', marks=pytest.mark.slow),
+    pytest.param('mmdet_deformable_detr', marks=pytest.mark.slow),
 ]
 
 
@@ -155,7 +163,8 @@ def test_mmdet_outputs_and_detections(name):
         assert agree.float().mean() > 0.9  # neighbours of equal score may change places
 
 
-@pytest.mark.parametrize('name', MMDET)
+# Of the Deformable DETR of six layers no losses were recorded.
+@pytest.mark.parametrize('name', MMDET[:-1])
 def test_mmdet_losses_and_gradients(name):
     head, cases = mmdet(name)
     case = cases['loss']
@@ -165,7 +174,9 @@ def test_mmdet_losses_and_gradients(name):
     losses = head.loss(features, [{**target, 'size': SIZE} for target in targets])
     for theirs, ours in (('cls', 'cls'), ('bbox', 'box'), ('iou', 'giou')):
         assert losses[f'loss_{ours}'].item() == pytest.approx(case['outputs'][f'loss_{theirs}'], rel=1e-4)
-        assert losses[f'loss_{ours}_0'].item() == pytest.approx(case['outputs'][f'd0.loss_{theirs}'], rel=1e-4)
+        for layer in range(len(head.decoder.layers) - 1):
+            expected = case['outputs'][f'd{layer}.loss_{theirs}']
+            assert losses[f'loss_{ours}_{layer}'].item() == pytest.approx(expected, rel=1e-4)
         if f'enc_loss_{theirs}' in case['outputs']:
             assert losses[f'loss_{ours}_encoder'].item() == pytest.approx(
                 case['outputs'][f'enc_loss_{theirs}'], rel=1e-4
@@ -175,3 +186,55 @@ def test_mmdet_losses_and_gradients(name):
     assert gradients
     for key, stored in gradients.items():
         probe.compare(gradient_of(head, key.removeprefix('grad_')), stored, relative=1e-3)
+
+
+def test_rtdetr():
+    golden, cases = load('rtdetr_l2')
+    config, case = golden['config'], cases['train']
+    options = {'num_heads': config['num_heads'], 'hidden': config['hidden']}
+    neck = HybridEncoder(
+        feature_info=PyramidInfo(config['in_channels'], config['strides']),
+        out_channels=config['channels'],
+        encoder_layers=config['encoder_layers'],
+        expansion=config['expansion'],
+        **options,
+    )
+    head = RTDETR(
+        feature_info=neck.feature_info,
+        num_classes=config['num_classes'],
+        num_queries=config['num_queries'],
+        channels=config['channels'],
+        num_points=config['num_points'],
+        decoder_layers=config['decoder_layers'],
+        **options,
+    )
+    both = torch.nn.ModuleDict({'encoder': neck, 'decoder': head})
+    assert sum(p.numel() for p in both.parameters()) == golden['params']
+    loaded = both.load_state_dict(probe.golden_state(golden), strict=False)
+    assert not loaded.unexpected_keys and all(key.endswith('num_batches_tracked') for key in loaded.missing_keys)
+    both.eval()
+    head.num_denoising = 0
+
+    maps = neck([probe.image(seed, shape) for seed, shape in zip(case['seeds'], case['shape'], strict=True)])
+    recorded = case['outputs']
+    for i, x in enumerate(maps):
+        probe.compare(x, recorded[f'neck{i}'])
+    logits, boxes = head(maps)
+    probe.compare(logits, recorded['all_cls'])
+    probe.compare(boxes, recorded['all_box'])
+    _, chosen_logits, start = head.select(*head.encode(maps))
+    probe.compare(chosen_logits, recorded['enc_cls'])
+    probe.compare(start.sigmoid(), recorded['enc_box'])
+
+    targets = [{key: torch.tensor(value) for key, value in target.items()} for target in case['targets']]
+    losses = head.loss(maps, targets)
+    for suffix, theirs in (('', ''), ('_0', '_aux_0'), ('_encoder', '_aux_1')):
+        for ours, name in (('cls', 'vfl'), ('box', 'bbox'), ('giou', 'giou')):
+            value = losses[f'loss_{ours}{suffix}'].item()
+            assert value == pytest.approx(recorded[f'loss_{name}{theirs}'], rel=1e-4)
+    sum(losses.values()).backward()
+    parameters = dict(both.named_parameters())
+    gradients = {key.removeprefix('grad_'): value for key, value in recorded.items() if key.startswith('grad_')}
+    assert len(gradients) == 6
+    for key, stored in gradients.items():
+        probe.compare(parameters[key].grad, stored, relative=1e-3)

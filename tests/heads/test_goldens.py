@@ -7,7 +7,20 @@ import probe
 import pytest
 import torch
 
-from densezoo.heads import ATSS, FCOS, FPN, GFL, MaskRCNN, PyramidInfo, RetinaNet, SemanticFPN, atss, fcos, fpn
+from densezoo.heads import (
+    ATSS,
+    FCOS,
+    FPN,
+    GFL,
+    MaskRCNN,
+    PyramidInfo,
+    RetinaNet,
+    SemanticFPN,
+    atss,
+    fcos,
+    fpn,
+    retinanet,
+)
 
 FPN_INPUTS = PyramidInfo([64, 128, 320, 512], [4, 8, 16, 32])
 SIZE = (256, 320)
@@ -199,7 +212,7 @@ def test_fcos():
     ('make', 'convert', 'name', 'outputs', 'terms'),
     [
         pytest.param(
-            ATSS,
+            partial(ATSS, nms_threshold=0.5),
             atss.convert,
             'mmdet_atss_head',
             [('cls', 10), ('reg', 4), ('ctr', 1)],
@@ -207,7 +220,7 @@ def test_fcos():
             id='atss',
         ),
         pytest.param(
-            GFL,
+            partial(GFL, nms_threshold=0.5),
             atss.convert,
             'mmdet_gfl_head',
             [('cls', 10), ('reg', 68)],
@@ -215,20 +228,28 @@ def test_fcos():
             id='gfl',
         ),
         pytest.param(
-            partial(
-                FCOS,
-                point_offset=0.5,
-                exact_strides=True,
-                scales=True,
-                weigh_boxes=True,
-                product=True,
-                score_threshold=0.05,
-            ),
+            partial(FCOS, **fcos.MMDETECTION),
             fcos.convert,
             'mmdet_fcos_head_tricks',
             [('cls', 10), ('reg', 4), ('ctr', 1)],
             {'loss_cls': 'loss_cls', 'loss_box': 'loss_bbox', 'loss_centerness': 'loss_centerness'},
             id='fcos_tricks',
+        ),
+        pytest.param(
+            partial(FCOS, **fcos.FIRST),
+            fcos.convert,
+            'mmdet_fcos_head',
+            [('cls', 10), ('reg', 4), ('ctr', 1)],
+            {'loss_cls': 'loss_cls', 'loss_box': 'loss_bbox', 'loss_centerness': 'loss_centerness'},
+            id='fcos_first',
+        ),
+        pytest.param(
+            partial(RetinaNet, **retinanet.MMDETECTION),
+            retinanet.convert,
+            'mmdet_retina_head',
+            [('cls', 90), ('reg', 36)],
+            {'loss_cls': 'loss_cls', 'loss_box': 'loss_bbox'},
+            id='retinanet',
         ),
     ],
 )
@@ -236,19 +257,22 @@ def test_mmdet_one_stage(make, convert, name, outputs, terms):
     golden, cases = load(name)
     config = golden['config']
     info = PyramidInfo([config['channels']] * 5, config['strides'])
-    head = make(feature_info=info, num_classes=10, nms_threshold=0.5)
+    head = make(feature_info=info, num_classes=10)
     head.load_state_dict(convert(probe.golden_state(golden)))
+    assert sum(p.numel() for p in head.parameters()) == golden['params']
     case = cases['heads']
+    shared = sum(x.shape[-2] * x.shape[-1] for x in maps(case))
     with torch.no_grad():
         features = maps(case)
         for ours, (key, width) in zip(head.eval()(features), outputs, strict=True):
             start = 0
             for level, x in enumerate(features):
-                stop = start + x.shape[-2] * x.shape[-1]
-                grid = ours[:, start:stop].transpose(1, 2).unflatten(2, x.shape[-2:])
+                anchors = ours.shape[1] // shared
+                stop = start + x.shape[-2] * x.shape[-1] * anchors
+                grid = ours[:, start:stop].unflatten(1, (*x.shape[-2:], anchors)).flatten(3).permute(0, 3, 1, 2)
                 assert grid.shape[1] == width
                 # MMDetection gives FCOS's distances in pixels in evaluation.
-                pixels = config['strides'][level] if key == 'reg' and config.get('norm_on_bbox') else 1
+                pixels = config['strides'][level] if key == 'reg' and isinstance(head, FCOS) else 1
                 probe.compare(grid * pixels, case['outputs'][f'{key}{level}'])
                 start = stop
         compare_detections(head.predict(features, [SIZE] * 2), cases['detections']['outputs'])

@@ -36,6 +36,13 @@ HEADS = {
 }
 
 
+def test_checkpoints_with_group_norms_load():
+    head = HEADS['upernet'](norm='group')
+    theirs = {f'decode_head.{key}'.replace('.bn.', '.gn.'): value for key, value in head.state_dict().items()}
+    assert any('.gn.' in key for key in theirs)
+    HEADS['upernet'](norm='group').load_state_dict(segmentation.convert(theirs))
+
+
 def load(name):
     kind, options, convert = GOLDENS[name]
     golden = probe.load(f'heads/{name}')

@@ -204,6 +204,19 @@ def test_objects_repeated_for_the_encoder():
 
 
 @torch.no_grad()
+def test_two_stages_without_refinement_move_the_proposals():
+    head, features = build('deformable_detr_two_stages', refine=False).eval(), maps(INFO)
+    assert len(head.class_embed) == len(head.bbox_embed) == 1
+    _, _, proposals, _ = head._start(head.encode(features, None))
+    moved = head.layers(features, None)[1]
+    assert (moved - proposals).abs().amax((1, 2, 3)).min() > 0.01
+    for parameter in head.bbox_embed[0].layers[-1].parameters():
+        parameter.zero_()
+    _, _, proposals, _ = head._start(head.encode(features, None))
+    torch.testing.assert_close(head.layers(features, None)[1], proposals.expand(2, -1, -1, -1))
+
+
+@torch.no_grad()
 def test_fewer_layers_in_inference():
     head, features = build('rtdetr').eval(), maps(INFO)  # eval_layers=1 of 2
     logits, boxes = head.layers(features, None)
@@ -235,7 +248,6 @@ ERRORS = [
     (lambda: build('rtdetr', eval_layers=3), r'eval_layers must be in 1\.\.2 or None, got 3'),
     (lambda: build('detr', num_heads=3), 'channels must be a multiple of 4 and of num_heads=3, got 16'),
     (lambda: build('deformable_detr', num_levels=2), 'num_levels must be at least the 3 maps of the pyramid, got 2'),
-    (lambda: build('deformable_detr', two_stages=True), 'two_stages=True needs refine=True'),
     (lambda: RTDETR(feature_info=INFO, num_classes=3, label_noise=1.5), r'label_noise must be in \[0, 1\], got 1.5'),
 ]
 
