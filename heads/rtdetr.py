@@ -6,8 +6,7 @@ suppression: what is exported gives results. Loss: varifocal, L1 and GIoU of mat
 every layer, and of denoising queries. Boxes are fractions of the padded batch.
 
 Written from the paper; parameters are called as in the authors' PyTorch code (lyuwenyu/RT-DETR, Apache-2.0, decoder).
-Differs: boxes without area are left out; where maps have fewer cells than queries, all cells are queries; a matched
-query that does not overlap its object counts as background in the varifocal loss (there it weighs nothing).
+Differs: boxes without area are left out; where maps have fewer cells than queries, all cells are queries.
 """
 
 import math

@@ -275,18 +275,23 @@ def set_losses(
             each = sigmoid_focal_loss(logits, hot, 0.25, 2.0, reduction='none')
         else:
             overlap = det.paired_iou(*(x.detach() for x in corners))
+            positive = hot.bool()
+            positive[layer, picture, query, labels] = True
             hot[layer, picture, query, labels] = overlap.to(hot.dtype)
-            each = varifocal_loss(logits, hot)
+            each = varifocal_loss(logits, hot, positive)
         loss_cls = each.flatten(1).sum(1) / total
     return {'loss_cls': loss_cls, 'loss_box': loss_box, 'loss_giou': loss_giou}
 
 
-def varifocal_loss(logits: Tensor, quality: Tensor, alpha: float = 0.75, gamma: float = 2.0) -> Tensor:
+def varifocal_loss(
+    logits: Tensor, quality: Tensor, positive: Tensor, alpha: float = 0.75, gamma: float = 2.0
+) -> Tensor:
     """VarifocalNet (Zhang et al. 2020, arXiv:2008.13367): cross entropy with a positive's IoU, elementwise.
 
-    Negatives (quality 0) weigh alpha * score^gamma, positives their quality.
+    Negatives (quality 0) weigh alpha * score^gamma, positives their quality: one that overlaps nothing counts for
+    nothing, as in RT-DETR (in VarifocalNet it is a negative).
     """
-    weight = alpha * logits.detach().sigmoid() ** gamma * (quality <= 0) + quality
+    weight = torch.where(positive, quality, alpha * logits.detach().sigmoid() ** gamma)
     return weight * F.binary_cross_entropy_with_logits(logits, quality, reduction='none')
 
 

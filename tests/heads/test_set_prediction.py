@@ -87,9 +87,11 @@ def test_varifocal_loss_ranks_by_overlap():
     """A positive's least loss is where its score is its IoU; negatives that score low hardly count."""
     quality = torch.full((99,), 0.7)
     scores = torch.arange(1, 100) / 100
-    assert scores[varifocal_loss(torch.logit(scores), quality).argmin()] == pytest.approx(0.7)
-    low, high = varifocal_loss(torch.logit(torch.tensor([0.05, 0.9])), torch.zeros(2))
+    assert scores[varifocal_loss(torch.logit(scores), quality, quality > 0).argmin()] == pytest.approx(0.7)
+    logits, nothing = torch.logit(torch.tensor([0.05, 0.9])), torch.zeros(2)
+    low, high = varifocal_loss(logits, nothing, nothing > 0)
     assert high > 1000 * low
+    assert not varifocal_loss(logits, nothing, nothing == 0).any()  # matched, but beside its object
 
 
 ODD = {
