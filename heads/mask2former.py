@@ -38,6 +38,7 @@ class MaskHead(UniversalHead):
         num_classes: int,
         things: int | Sequence[int],
         weights: Weights,
+        costs: Weights,
         points: Points,
         tasks: Sequence[str],
         score_threshold: float,
@@ -66,7 +67,7 @@ class MaskHead(UniversalHead):
             )
         if lr_scale <= 0:
             raise ValueError(f'lr_scale must be positive, got {lr_scale}')
-        self.weights = weights
+        self.weights, self.costs = weights, costs
         self.points = points
         self.lr_scale = lr_scale
 
@@ -95,7 +96,7 @@ class MaskHead(UniversalHead):
         # More points than cells would tell nothing more.
         how = self.points._replace(number=min(self.points.number, masks.shape[-2] * masks.shape[-1]))
         points = torch.rand(len(segments.counts), how.number, 2, device=masks.device, dtype=masks.dtype)
-        matched = mask_loss.match(classes, masks, segments, points, weights)
+        matched = mask_loss.match(classes, masks, segments, points, self.costs)
         total = mask_loss.average_total(sum(segments.counts), masks.device)
         if any(segments.counts):
             entropy, dice = mask_loss.mask_losses(masks, matched, segments, total, how)
@@ -126,7 +127,8 @@ class Mask2Former(MaskHead):
         num_heads, num_points: of attention, and of deformable attention.
         dropout, sub_pixel: of the pixel decoder; masks are sub_pixel times finer than the first map.
         pre_norm, project: see MaskedDecoder.
-        class_weight, mask_weight, dice_weight, no_object: of the losses and the matching.
+        class_weight, mask_weight, dice_weight: of the losses; no_object: of the classes of queries without a segment.
+        class_cost, mask_cost, dice_cost: of the three terms that matching weighs (published: those weights).
         loss_points, oversample, important: points per mask, see mask_loss.Points; at most as many as a mask has cells.
         lr_scale: factor of the head's learning rate: attention bears less than a backbone of batch norms.
         score_threshold, overlap_threshold, detections: decoding.
@@ -156,6 +158,9 @@ class Mask2Former(MaskHead):
         class_weight: float = 2.0,
         mask_weight: float = 5.0,
         dice_weight: float = 5.0,
+        class_cost: float = 2.0,
+        mask_cost: float = 5.0,
+        dice_cost: float = 5.0,
         no_object: float = 0.1,
         loss_points: int = 12544,
         oversample: float = 3.0,
@@ -171,6 +176,7 @@ class Mask2Former(MaskHead):
             num_classes=num_classes,
             things=things,
             weights=Weights(class_weight, mask_weight, dice_weight, no_object),
+            costs=Weights(class_cost, mask_cost, dice_cost),
             points=Points(loss_points, oversample, important),
             tasks=tasks,
             score_threshold=score_threshold,

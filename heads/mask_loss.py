@@ -19,7 +19,7 @@ from .universal import Segments
 
 
 class Weights(NamedTuple):
-    """Factors of the three terms, in a match's cost and the loss; no_object weighs the classes of unmatched queries."""
+    """Factors of the three terms, of a match's cost or the loss; no_object, of the loss, is for unmatched queries."""
 
     classes: float = 2.0
     mask: float = 5.0

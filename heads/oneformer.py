@@ -111,7 +111,8 @@ class OneFormer(MaskHead):
         text_channels, text_layers, text_projections: width and depth of the text transformer, and layers behind it.
         context: learnt texts, among the Q texts of a picture.
         task_scale: factor of the token ids that the task's MLP reads (1 as published: raw ids).
-        class_weight, mask_weight, dice_weight, no_object, loss_points, oversample, important: see Mask2Former.
+        class_weight, mask_weight, dice_weight, class_cost, mask_cost, dice_cost, no_object, loss_points, oversample,
+            important: see Mask2Former.
         contrast_weight, temperature: of the query-text contrast.
         lr_scale: see Mask2Former.
         score_threshold, overlap_threshold, detections: decoding.
@@ -148,6 +149,9 @@ class OneFormer(MaskHead):
         class_weight: float = 2.0,
         mask_weight: float = 5.0,
         dice_weight: float = 5.0,
+        class_cost: float = 2.0,
+        mask_cost: float = 5.0,
+        dice_cost: float = 5.0,
         no_object: float = 0.1,
         loss_points: int = 12544,
         oversample: float = 3.0,
@@ -165,6 +169,7 @@ class OneFormer(MaskHead):
             num_classes=len(classes),
             things=things,
             weights=Weights(class_weight, mask_weight, dice_weight, no_object),
+            costs=Weights(class_cost, mask_cost, dice_cost),
             points=Points(loss_points, oversample, important),
             tasks=tasks,
             score_threshold=score_threshold,

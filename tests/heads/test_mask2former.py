@@ -195,6 +195,18 @@ def test_hard_targets_train(name, kind):
     assert (losses['loss_mask'] == 0) == nothing and losses['loss_class'] > 0
 
 
+def test_weights_scale_losses_and_costs_alone_decide_who_is_matched():
+    def losses(**options):
+        head = small(**options)
+        torch.manual_seed(2)
+        return head.loss(maps(), HARD['objects'])
+
+    published, light = losses(), losses(class_weight=4.0, mask_weight=1.0, dice_weight=0.5)
+    for name, factor in (('loss_class', 2.0), ('loss_mask_aux', 0.2), ('loss_dice', 0.1)):
+        torch.testing.assert_close(light[name], factor * published[name])
+    assert losses(class_cost=0.0, dice_cost=0.0)['loss_dice'] != published['loss_dice']
+
+
 def test_order_of_objects_does_not_matter():
     head, objects = small().eval(), [(0, 4, 4, 30, 40), (1, 20, 50, 60, 90), (0, 40, 0, 60, 20)]
     classes, masks = head.predictions(maps(1))
