@@ -17,7 +17,7 @@ How to write a method: a subclass of `Reduction`, in a file of its own, with `@r
   Normalisation, layer scale, stochastic depth, gates and mixed heads are inside of these: call them and all of that
   composes. `self.remove(i, N)` is the number of tokens that the schedule takes away in this block.
 - Merging tokens: build the result with `tokens.merged(x, size, place)`, where place (B, N) says at which position each
-  of the N tokens is now. Reordering is merging without merges. Dropping tokens: `place` is -1 for those dropped, and
+  of the N tokens `tokens.x` is now. Reordering is merging without merges. Dropping tokens: `place` is -1 for those dropped, and
   `restore` must be overridden; what that takes goes into `extra`. Queries of some tokens alone are fine: `join(x, out)`
   wants as many tokens as outputs.
 - A variable number of tokens per image: `alive` (B, N) marks those that exist; `self.bias(tokens)` keeps the others
@@ -46,6 +46,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ...kernels.token_places import take_places
 from .schedule import Schedule
 
 Grid = tuple[int, int]
@@ -86,6 +87,8 @@ class Tokens(NamedTuple):
             where nobody asks for it, or all are where they were.
         alive: (B, N) bool, tokens that exist; None if all do.
         extra: what a method carries from block to block.
+        detail: (B, N0, C), what each original token was more than what it became part of, summed over the merges; None
+            as long as there were none, or where nobody asks for it.
     """
 
     x: Tensor
@@ -93,15 +96,20 @@ class Tokens(NamedTuple):
     place: Tensor | None = None
     alive: Tensor | None = None
     extra: tuple[Tensor, ...] = ()
+    detail: Tensor | None = None
 
     def merged(self, x: Tensor, size: Tensor | None, place: Tensor | None, alive: Tensor | None = None) -> 'Tokens':
-        """The tokens after a merge.
+        """The tokens after a merge; `self.x` are those before it.
 
         Args:
             x, size, alive: as in `Tokens`, of the tokens that are left.
             place: (B, N) int64, where each of the tokens before is now; needed where `self.place` is not None.
         """
-        return Tokens(x, size, self.moved(place), alive, self.extra)
+        moved = self.moved(place)
+        if self.place is None or moved is None:
+            return Tokens(x, size, moved, alive, self.extra)
+        lost = take_places(self.x, self.place) - take_places(x, moved)
+        return Tokens(x, size, moved, alive, self.extra, lost if self.detail is None else self.detail + lost)
 
     def moved(self, place: Tensor | None) -> Tensor | None:
         """`self.place` after a step that took the N tokens to the positions `place` (B, N)."""
@@ -209,10 +217,13 @@ class Reduction(nn.Module):
         return Tokens(block.mix_channels(block.join(tokens.x[:, : self.prefix], out)))
 
     def restore(self, tokens: Tokens) -> Tensor:
-        """(B, N0, C): a value for every token that entered."""
+        """(B, N0, C): a value for every token that entered: that of what it became part of, and what it differed from
+        that when they merged. The residual sum of a token thus goes on past a merge: without further blocks, restoring
+        undoes it; maps keep details that a merge blurs."""
         if tokens.place is None:
             return tokens.x
-        return tokens.x.gather(1, tokens.place[..., None].expand(-1, -1, tokens.x.shape[2]))
+        x = take_places(tokens.x, tokens.place)
+        return x if tokens.detail is None else x + tokens.detail
 
     def for_head(self, tokens: Tokens, prefix_alone: bool) -> Tensor:
         """What the classifier's norm and pooling read: prefix tokens first, and all others if it reads more."""

@@ -192,6 +192,20 @@ def test_nothing_removed_is_the_model_itself(method, name):
         close(reduce_tokens(model, method, r=0)(x), model(x), 1e-5)
 
 
+@pytest.mark.parametrize('method', SETTINGS)
+def test_restoring_undoes_merging(method):
+    """With blocks that add nothing maps are what was embedded, however many tokens became one."""
+    reduced = reduce_tokens(small('deit_tiny_distilled_patch16_224'), method, **SETTINGS[method])
+    for name, parameter in reduced.blocks.named_parameters():
+        if '.proj.' in name or '.fc2.' in name:
+            torch.nn.init.zeros_(parameter)
+    with torch.no_grad(), recording(reduced) as states:
+        tokens, grid = reduced.embed(images(reduced))
+        restored, _ = reduced.run_blocks(tokens, grid)
+    assert states[-1].x.shape[1] < tokens.shape[1] - 2
+    close(restored, tokens, 1e-6)
+
+
 @pytest.mark.parametrize(('method', 'name'), each())
 def test_train_checkpoint_and_drop_path(method, name):
     model = reduce_tokens(small(name, drop_path_rate=0.2), method, **SETTINGS[method]).train()
