@@ -17,9 +17,9 @@ How to write a method: a subclass of `Reduction`, in a file of its own, with `@r
   Normalisation, layer scale, stochastic depth, gates and mixed heads are inside of these: call them and all of that
   composes. `self.remove(i, N)` is the number of tokens that the schedule takes away in this block.
 - Merging tokens: build the result with `tokens.merged(x, size, place)`, where place (B, N) says at which position each
-  of the N tokens `tokens.x` is now. Reordering is merging without merges. Dropping tokens: `place` is -1 for those dropped, and
-  `restore` must be overridden; what that takes goes into `extra`. Queries of some tokens alone are fine: `join(x, out)`
-  wants as many tokens as outputs.
+  of the N tokens `tokens.x` is now. Reordering is merging without merges. Dropping tokens: `place` is -1 for those
+  dropped, and `restore` must be overridden; what that takes goes into `extra`. Queries of some tokens alone are fine:
+  `join(x, out)` wants as many tokens as outputs.
 - A variable number of tokens per image: `alive` (B, N) marks those that exist; `self.bias(tokens)` keeps the others
   from being attended to. What they compute is of no interest, but must be finite. Give results that do not depend on
   the rest of the batch; if a batch is shortened to the longest item, do so in eager mode alone: where
