@@ -125,7 +125,7 @@ class Mask2Former(MaskHead):
         encoder_layers, encoder_hidden: of the pixel decoder, on num_levels maps.
         decoder_layers, hidden: of the transformer decoder.
         num_heads, num_points: of attention, and of deformable attention.
-        dropout, sub_pixel, mask_positions: of the pixel decoder; masks are sub_pixel times finer than the first map.
+        dropout, sub_pixel: of the pixel decoder; masks are sub_pixel times finer than the first map.
         pre_norm, project: see MaskedDecoder.
         class_weight, mask_weight, dice_weight: of the losses; no_object: of the classes of queries without a segment.
         class_cost, mask_cost, dice_cost: of the three terms that matching weighs (published: those weights).
@@ -153,7 +153,6 @@ class Mask2Former(MaskHead):
         num_points: int = 4,
         dropout: float = 0.0,
         sub_pixel: int = 1,
-        mask_positions: bool = False,
         pre_norm: bool = False,
         project: bool = False,
         class_weight: float = 2.0,
@@ -198,7 +197,6 @@ class Mask2Former(MaskHead):
             num_points=num_points,
             dropout=dropout,
             sub_pixel=sub_pixel,
-            mask_positions=mask_positions,
         )
         self.predictor = MaskedDecoder(
             num_classes=num_classes,

@@ -57,8 +57,6 @@ class DeformablePixelDecoder(nn.Module):
         mask_channels: of the map for masks.
         sub_pixel: that map has r x r values per cell of the finest one (sub-pixel convolution, arXiv 1609.05158): for
             outlines thinner than its stride; 1 as published.
-        mask_positions: positions are added to the map for masks, so that a query can tell objects apart that look
-            alike: few layers, trained briefly, do not learn where things are. False as published.
         num_levels: the coarsest maps, which are encoded.
         num_layers: of the encoder.
         hidden, num_heads, num_points, dropout: of a layer.
@@ -77,7 +75,6 @@ class DeformablePixelDecoder(nn.Module):
         num_points: int = 4,
         dropout: float = 0.0,
         sub_pixel: int = 1,
-        mask_positions: bool = False,
     ):
         super().__init__()
         self.inputs = PyramidInfo.of(feature_info)
@@ -110,7 +107,6 @@ class DeformablePixelDecoder(nn.Module):
         self.adapters = nn.ModuleList(ConvGroupNorm(width, channels, 1, act=False) for width in fine)
         self.outputs = nn.ModuleList(ConvGroupNorm(channels, channels, 3, act=True) for _ in fine)
         self.sub_pixel = positive('sub_pixel', sub_pixel)
-        self.mask_positions = mask_positions
         self.mask_features = nn.Conv2d(channels, mask_channels * sub_pixel**2, 1)
         self._reset_parameters()
 
@@ -155,12 +151,7 @@ class DeformablePixelDecoder(nn.Module):
             lateral = adapt(x)
             above = F.interpolate(out[-1], size=lateral.shape[-2:], mode='bilinear', align_corners=False)
             out.append(finish(lateral + above))
-        finest = out[-1]
-        if self.mask_positions:
-            size = finest.shape[-2:]
-            places = sine_positions(*size, self.channels, None, device).to(finest.dtype)
-            finest = finest + places.transpose(1, 2).unflatten(2, size)
-        return PixelMaps(F.pixel_shuffle(self.mask_features(finest), self.sub_pixel), out[:3])
+        return PixelMaps(F.pixel_shuffle(self.mask_features(out[-1]), self.sub_pixel), out[:3])
 
 
 def centres(shapes: Sequence[Size], device: torch.device) -> Tensor:

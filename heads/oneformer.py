@@ -105,7 +105,7 @@ class OneFormer(MaskHead):
         encoder_layers, encoder_hidden, num_levels, num_points: of the pixel decoder.
         decoder_layers, class_layers, hidden, num_heads: of the transformer decoder and of the one that makes queries.
         dropout: in the latter and in the pixel decoder.
-        sub_pixel, mask_positions: see Mask2Former.
+        sub_pixel: see Mask2Former.
         merges: CLIP's file of merges, for published weights (see `text`); None: bytes.
         length: tokens of a text, and inputs of the task's MLP.
         text_channels, text_layers, text_projections: width and depth of the text transformer, and layers behind it.
@@ -139,7 +139,6 @@ class OneFormer(MaskHead):
         num_points: int = 4,
         dropout: float = 0.1,
         sub_pixel: int = 1,
-        mask_positions: bool = False,
         merges: str | os.PathLike[str] | None = None,
         length: int = 77,
         text_channels: int = 256,
@@ -194,7 +193,6 @@ class OneFormer(MaskHead):
             num_points=num_points,
             dropout=dropout,
             sub_pixel=sub_pixel,
-            mask_positions=mask_positions,
         )
         self.predictor = TaskDecoder(
             num_classes=self.num_classes,

@@ -41,7 +41,6 @@ model = dict(
         num_heads=4,
         dropout=0.0,
         sub_pixel=2,  # strokes are thinner than the first map's stride
-        mask_positions=True,
         length=24,
         text_channels=64,
         text_layers=1,

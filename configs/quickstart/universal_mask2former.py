@@ -20,7 +20,6 @@ model['head'] = dict(
     hidden=128,
     num_heads=4,
     sub_pixel=2,
-    mask_positions=True,
     loss_points=576,
     lr_scale=0.25,
     class_weight=4.0,

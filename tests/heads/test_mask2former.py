@@ -14,7 +14,6 @@ from densezoo.heads.mask2former import convert
 from densezoo.heads.mask2former_decoder import Attention, where_to_look
 from densezoo.heads.mask2former_pixel_decoder import centres
 from densezoo.heads.mask_loss import Points
-from densezoo.heads.transformer import sine_positions
 from densezoo.heads.universal import Segments, instances, panoptic_by_argmax, semantic_map
 from densezoo.train import UniversalSegmentor
 from densezoo.train.optim import parameter_groups
@@ -262,16 +261,6 @@ def test_finer_masks():
         assert head(maps())[1].shape == (2, 6, 32, 48)
         assert head.predict(maps(1), [(60, 96)])[0]['mask'].shape == (60, 96)
     assert all(torch.isfinite(value) for value in head.train().loss(maps(), HARD['one pixel']).values())
-
-
-def test_positions_in_the_map_for_masks():
-    plain, placed = (small(sub_pixel=2, mask_positions=on).pixel_decoder for on in (False, True))
-    with torch.no_grad():
-        difference = placed(maps()).mask - plain(maps()).mask
-        where = sine_positions(16, 24, 16, None, torch.device('cpu')).transpose(1, 2).unflatten(2, (16, 24))
-        expected = F.pixel_shuffle(F.conv2d(where, placed.mask_features.weight), 2)
-    torch.testing.assert_close(difference, expected.expand_as(difference), rtol=1e-4, atol=1e-5)
-    assert difference.flatten(2).unique(dim=2).shape[2] > 1000  # 32 x 48 places, each its own
 
 
 def test_rates_and_decay_of_parameters():
