@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     config = load_config(options.config, options.cfg_options)
     if options.seed is not None:
-        config.setdefault('randomness', {})['seed'] = options.seed
+        config.randomness = {**config.get('randomness', {}), 'seed': options.seed}
     if options.amp is not None:
         config.optim_wrapper['amp'] = options.amp
     work_dir = Path(options.work_dir or config.get('work_dir') or f'work_dirs/{Path(config.filename).stem}')
