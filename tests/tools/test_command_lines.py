@@ -12,6 +12,7 @@ from PIL import Image
 from densezoo.tools import cli, common, predict
 from densezoo.tools import test as test_tool
 from densezoo.tools import train as train_tool
+from densezoo.train import load_config
 
 
 def test_train_test_predict(config_file: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -30,6 +31,7 @@ def test_train_test_predict(config_file: Path, pictures: Path, tmp_path: Path, m
 
     # The config written down with the run stands alone: it tests, predicts and trains again.
     dumped = str(run / 'config.py')
+    assert load_config(dumped).randomness['seed'] == 3
     assert test_tool.main([dumped, str(run / 'last.pth'), '--out', 'metrics.json']) == 0
     tested = json.loads(Path('metrics.json').read_text())
     assert tested == {name: metrics[name] for name in tested} and tested
