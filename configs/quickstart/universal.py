@@ -102,3 +102,4 @@ val_evaluator = [
 optim_wrapper['optimizer'].update(lr=4e-3)  # batch norms bear twice the base's, attention (lr_scale) half of it
 train_cfg.update(max_iters=max_iters, val_interval=1500)
 param_scheduler[1].update(end=max_iters)
+# one run of 3000 iterations: panoptic quality 0.663, mIoU 0.766, mask AP 0.461 (docs/universal.md says what is missed)
