@@ -46,7 +46,8 @@ class Comparison(NamedTuple):
     """Runs on the same data that make one table: what differs, the figures (metric: its name there), and the rows.
 
     A run folder NAME_seed1, NAME_seed2, ... beside NAME is the same config with another `--seed`: the row holds their
-    mean and standard deviation. A row has no figure for metrics that its head does not have.
+    mean and standard deviation. A row has no figure for metrics that its head does not have; seconds are left out, as
+    such runs are trained side by side.
     """
 
     title: str
@@ -214,15 +215,12 @@ def comparison_lines(comparison: Comparison, runs: Path, images: Path) -> list[s
     lines = ['', f'## {comparison.title}', '', '```']
     lines += [f'densezoo train quickstart/{name}' for name, _ in found]
     columns = ' | '.join(comparison.figures.values())
-    lines += ['```', '', f'| config | {comparison.what} | {columns} | iterations | seconds |']
-    lines += ['|---|---|' + '---:|' * (len(comparison.figures) + 2)]
+    lines += ['```', '', f'| config | {comparison.what} | {columns} | iterations |']
+    lines += ['|---|---|' + '---:|' * (len(comparison.figures) + 1)]
     for name, path in found:
         seeds = [json.loads(file.read_text()) for file in [path, *sorted(runs.glob(f'{name}_seed*/metrics.json'))]]
         figures = ' | '.join(mean_and_spread([run[m] for run in seeds if m in run]) for m in comparison.figures)
-        lines.append(
-            f'| quickstart/{name} | {comparison.runs[name]} | {figures} '
-            f'| {seeds[0]["iterations"]} | {seeds[0]["seconds"]:.0f} |'
-        )
+        lines.append(f'| quickstart/{name} | {comparison.runs[name]} | {figures} | {seeds[0]["iterations"]} |')
     for name, _ in found if comparison.pictures else ():
         pictures = latest_pictures(runs / name, 4)
         if name not in TASKS and pictures:  # a task's own section shows them already

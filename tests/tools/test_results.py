@@ -33,8 +33,8 @@ def test_runs_that_compare_share_a_table(tmp_path):
     assert results.comparison_lines(small, tmp_path, tmp_path) == []
     finish(tmp_path, 'classification_dhvt', **{'accuracy/top1': 0.982})
     assert results.comparison_lines(small, tmp_path, tmp_path)[-2:] == [
-        '| quickstart/classification_cct | CCT | 99.10 | 1000 | 90 |',
-        '| quickstart/classification_dhvt | DHVT | 98.20 | 1000 | 90 |',
+        '| quickstart/classification_cct | CCT | 99.10 | 1000 |',
+        '| quickstart/classification_dhvt | DHVT | 98.20 | 1000 |',
     ]
     for name in ('segmentation', 'segmentation_upernet'):
         finish(tmp_path, name, mIoU=0.7, boundary_F=0.625)
@@ -43,8 +43,8 @@ def test_runs_that_compare_share_a_table(tmp_path):
         for number in range(2):
             visualize.save(place / f'{number:03d}_a.png', np.full((20, 30, 3), 90, dtype=np.uint8))
     lines = results.comparison_lines(heads, tmp_path, tmp_path / 'images')
-    assert '| config | head | mIoU | boundary F | iterations | seconds |' in lines
-    assert '| quickstart/segmentation_upernet | UPerNet | 70.00 | 62.50 | 1000 | 90 |' in lines
+    assert '| config | head | mIoU | boundary F | iterations |' in lines
+    assert '| quickstart/segmentation_upernet | UPerNet | 70.00 | 62.50 | 1000 |' in lines
     assert lines[-1] == '![predictions](images/segmentation_upernet.jpg)'
     assert [file.name for file in (tmp_path / 'images').iterdir()] == ['segmentation_upernet.jpg']
 
@@ -58,9 +58,7 @@ def test_seeds_of_a_config_share_a_row(tmp_path):
     )
     lines = results.comparison_lines(universal, tmp_path, tmp_path)
     assert any('| 60.00 ± 0.00 (2) | 71.00 ± 1.41 (2) | 50.00 ± 0.00 (2) |' in line for line in lines)
-    assert (
-        lines[-1] == '| quickstart/segmentation | FPN and Semantic FPN, semantic alone |  | 76.00 |  |  | 1000 | 90 |'
-    )
+    assert lines[-1] == '| quickstart/segmentation | FPN and Semantic FPN, semantic alone |  | 76.00 |  |  | 1000 |'
 
 
 def test_every_comparison_is_of_quickstarts():
