@@ -257,6 +257,7 @@ _RENAMES = [
     (r'layers\.(\d)\.blocks\.', r'stages.\1.'),
     (r'norm(\d)\.', r'output_norms.\1.'),
 ]
+
 # parameters: as the published code has them; its README says 19, 27, 48 and 86 million
 URL = 'https://github.com/ziplab/LIT/releases/download/v1.0/'
 PAPER: dict[str, Any] = {

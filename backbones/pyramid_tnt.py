@@ -23,7 +23,7 @@ from .layers import Mlp, drop_path_schedule, norm_factory
 from .layers.grid import ceil_div, grid_of, pad_bottom_right, padded, to_first, to_last
 from .layers.norm import NormFactory
 from .layers.positions import PositionTable
-from .layers.resize import resize_matrix
+from .layers.resize import resize_matrix, same_size
 from .plain import Grid
 from .registry import register
 from .sizes import Resampled
@@ -52,8 +52,7 @@ class PairTable(nn.Module):
 
     def forward(self, grid: Grid) -> Tensor:
         """(1, h, N, N') for a map of this size."""
-        height, width = grid
-        if isinstance(height, int) and isinstance(width, int) and (height, width) == self.grid:
+        if same_size(grid, self.grid):
             return self.table
         return resize_pairs(self.table, self.grid, self.keys, grid, self._keys_of(grid))
 

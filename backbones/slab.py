@@ -21,6 +21,7 @@ from .layers import mixer, norm_factory
 from .layers.fold_norm import fold_into_previous
 from .layers.grid import ceil_div, to_first
 from .layers.norm import NormFactory
+from .layers.resize import same_size
 from .pvt_v2 import resolve_heads
 
 Grid = tuple[int, int]
@@ -69,7 +70,7 @@ class HeadwiseConv(nn.Conv2d):
 
 def resampled(table: Tensor, grid: Grid, height: int, width: int) -> Tensor:
     """(1, H * W, C), made for `grid`, as (1, height * width, C)."""
-    if isinstance(height, int) and isinstance(width, int) and (height, width) == grid:
+    if same_size((height, width), grid):
         return table
     maps = table.unflatten(1, grid).permute(0, 3, 1, 2)
     return F.interpolate(maps, (height, width), mode='bilinear').flatten(2).transpose(1, 2)

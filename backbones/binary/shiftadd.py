@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ...kernels.precision import full_precision
 from ..layers.lookup import choose
+from ..layers.token_attention import split_heads
 from .hashing import KernelHash, normalised
 from .mixture import MixtureLinear
 from .replace import attentions, refuse, replace_attention, replace_linears
@@ -95,8 +96,7 @@ class MeanAttention(nn.Module):
         self.dconv = token_conv(num_heads)
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        qkv = self.qkv(x.flatten(1, -2)).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)
+        query, key, value = split_heads(self.qkv(x.flatten(1, -2)), self.num_heads, 3)
         extra = None
         if self.sparse:
             attention = ((query * query.shape[-1] ** -0.5) @ key.mT).softmax(-1)
@@ -158,7 +158,7 @@ class LinearAttention(nn.Module):
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         tokens = x.flatten(1, -2)
         query = self.q(tokens).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-        key, value = self.kv(tokens).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        key, value = split_heads(self.kv(tokens), self.num_heads, 2)
         with full_precision(value):  # the sum over a large map leaves float16's range
             wide = torch.promote_types(value.dtype, torch.float32)
             summed = key.to(wide).transpose(-2, -1) @ value.to(wide)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...kernels import window_mask
 from ..layers.grid import from_windows, padded, to_windows
+from ..layers.resize import same_size
 
 
 def in_windows(
@@ -41,7 +42,7 @@ def in_windows(
     _, H, W, _ = x.shape
     Hp, Wp = padded(H, window), padded(W, window)
     padding = (0, 0, 0, Wp - W, 0, Hp - H)
-    exact = isinstance(H, int) and isinstance(W, int) and (Hp, Wp) == (H, W)  # symbolic sizes never are
+    exact = same_size((H, W), (Hp, Wp))
     if not exact:
         x = F.pad(x, padding) if outside is None else F.pad(x - outside, padding) + outside
     if shift:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .resize import METHODS, resize_table
+from .resize import METHODS, resize_table, same_size
 
 _log = logging.getLogger('densezoo')
 
@@ -42,11 +42,9 @@ class PositionTable(nn.Module):
         """Positions (1, P, C) of the prefix tokens, None without any, and (1, H W, C) of a grid of this size."""
         prefix = self.table[:, : self.prefix] if self.prefix else None
         positions = self.table[:, self.prefix :] if self.prefix else self.table
-        height, width = grid
-        # symbolic sizes are always resized: one graph for every size
-        if isinstance(height, int) and isinstance(width, int) and (height, width) == self.grid:
+        if same_size(grid, self.grid):
             return prefix, positions
-        resized = resize_table(positions[0].unflatten(0, self.grid), (height, width), self.method)
+        resized = resize_table(positions[0].unflatten(0, self.grid), grid, self.method)
         return prefix, resized.flatten(0, 1)[None].to(self.table.dtype)
 
     def resample(self, state: dict[str, Tensor], prefix: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...kernels import block_sparse_attention
 from ..layers.grid import ceil_div
-from ..layers.resize import resize_table
+from ..layers.resize import resize_table, same_size
 from ..layers.token_attention import TokenAttention
 from .interface import Block, Grid, Reduction, TokenModel, Tokens, register_method
 from .schedule import Schedule
@@ -87,7 +87,7 @@ class ConnectivityPredictor(nn.Module):
 
     def _for(self, table: Tensor, grid: Grid) -> Tensor:
         """(N, K) for another grid."""
-        if isinstance(grid[0], int) and isinstance(grid[1], int) and tuple(grid) == tuple(self.grid):
+        if same_size(grid, self.grid):
             return table
         resized = resize_table(table[self.prefix :].unflatten(0, self.grid), grid, 'bilinear').flatten(0, 1)
         return torch.cat((table[: self.prefix], resized.to(table.dtype)))
