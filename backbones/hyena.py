@@ -19,7 +19,6 @@ import math
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import long_convolution
@@ -152,13 +151,18 @@ class Hyena(nn.Module):
     def filters(self, height: int, width: int) -> Tensor:
         """The filter for every offset, (2 height - 1, 2 width - 1, C); a position's own factor is in the middle."""
         quadrant = self.filter(height, width) * self.scale
-        own = F.pad(self.bias[None, None], (0, 0, width - 1, width - 1, height - 1, height - 1))
-        whole = F.pad(quadrant, (0, 0, width - 1, 0, height - 1, 0)) + own
+        y, x = (torch.arange(1 - size, size, device=quadrant.device) for size in (height, width))
+        y_is_0, x_is_0 = (torch.arange(size, device=quadrant.device) == 0 for size in (height, width))
+        quadrant = quadrant + (y_is_0[:, None] & x_is_0)[..., None] * self.bias
+        # Four flipped copies, padded to one size and summed, are one reflected copy times the factors of its parts.
+        # TensorRT can build this one for maps of any size: all shapes come from y and x.
+        above, below, left, right = (y >= 0)[:, None], (y <= 0)[:, None], x >= 0, x <= 0
+        parts = (above & left, below & right, above & right, below & left)
         if self.linear_mix is None:
-            return whole if self.direction == 'forward' else whole.flip(0, 1)
-        factors = self.linear_mix.weight[0]
-        flipped = (whole, whole.flip(0, 1), whole.flip(1), whole.flip(0))
-        return sum(factor * part for factor, part in zip(factors, flipped))  # type: ignore[return-value]
+            factor = parts[0 if self.direction == 'forward' else 1].to(quadrant.dtype)
+        else:
+            factor = sum(weight * part for weight, part in zip(self.linear_mix.weight[0], parts))  # type: ignore[assignment]
+        return quadrant[y.abs()][:, x.abs()] * factor[..., None]
 
     def extra_repr(self) -> str:
         return f'direction={self.direction!r}'

@@ -105,7 +105,7 @@ class KeyValueAttention(TokenAttention):
         weight = self.map_pos.weight[0, _ROWS:]
         frequency = 10000 ** (-torch.arange(0, _COLUMNS, 2, device=weight.device, dtype=torch.float32) / _ROWS)
         angle = torch.arange(tokens, device=weight.device, dtype=torch.float32)[:, None] * frequency
-        return (angle.sin() * weight[::2] + angle.cos() * weight[1::2]).sum(-1)[None, None, None]
+        return (angle.sin() * weight[::2] + angle.cos() * weight[1::2]).sum(-1)[None, None, None].to(weight.dtype)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
         if self.map_pos is not None:

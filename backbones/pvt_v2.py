@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import average_pool
 from .layers import ConvDownsample, ConvMlp, MetaFormerBlock, build_mixer, drop_path_schedule, mixer, norm_factory
 from .layers.fold_norm import fold_into_previous
 from .layers.grid import to_first
@@ -87,8 +88,7 @@ class SpatialReductionAttention(nn.Module):
     def reduce(self, x: Tensor) -> Tensor:
         """The map that keys and values are made of."""
         if self.pool_size is not None:
-            pooled = F.adaptive_avg_pool2d(to_first(x), self.pool_size).permute(0, 2, 3, 1)
-            return F.gelu(self.norm(self.sr(pooled)))
+            return F.gelu(self.norm(self.sr(average_pool(to_first(x), self.pool_size).permute(0, 2, 3, 1))))
         if self.sr_ratio == 1:
             return x
         x = to_first(x)

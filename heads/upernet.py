@@ -6,8 +6,7 @@ without a neck. Keys are those of MMSegmentation's UPerHead (github.com/open-mml
 `segmentation.convert`. Targets and results: see `segmentation`. With `mixer` the last convolution is a token mixer, as
 in HorNet's decoder (arXiv:2207.14284).
 Differs: the cross-entropy is averaged over known pixels (average='all' is MMSegmentation's mean over all of them);
-average pooling is a product with two matrices, so that it exports with any size; before a mixer the maps are reduced
-to `channels` by a 1x1 convolution, where HorNet's decoder mixes while it reduces.
+before a mixer the maps are reduced to `channels` by a 1x1 convolution, where HorNet's decoder mixes while it reduces.
 """
 
 from collections.abc import Sequence
@@ -16,31 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import average_pool
 from .conv import ConvNormReLU, MixedMap, MixerSpec, classifier
 from .pyramid import FeatureInfo, positive
 from .segmentation import SegmentationHead, resize
 
 
 class AveragePool(nn.Module):
-    """nn.AdaptiveAvgPool2d(bins): bin i of n averages the rows floor(i H / n) to ceil((i + 1) H / n) - 1."""
+    """nn.AdaptiveAvgPool2d(bins) that exports with any size."""
 
     def __init__(self, bins: int):
         super().__init__()
         self.bins = bins
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bins == 1:
-            return x.mean((2, 3), keepdim=True)
-        rows, columns = (self._shares(size, x) for size in x.shape[2:])
-        return rows @ x @ columns.t()
-
-    def _shares(self, size: int, x: Tensor) -> Tensor:
-        """(bins, size): 1 / count at the positions of a bin, else 0."""
-        edges = torch.arange(self.bins + 1, device=x.device) * size
-        position = torch.arange(size, device=x.device)
-        start, stop = edges[:-1, None] // self.bins, (edges[1:, None] + self.bins - 1) // self.bins
-        inside = ((position >= start) & (position < stop)).to(x.dtype)
-        return inside / inside.sum(1, keepdim=True)
+        return average_pool(x, self.bins)
 
     def extra_repr(self) -> str:
         return f'bins={self.bins}'

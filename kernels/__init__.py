@@ -1,5 +1,6 @@
 """Tensor operations: a PyTorch reference for each, faster kernels where they exist, one dispatcher."""
 
+from .average_pool import average_pool
 from .binary_linear import binary_linear
 from .bits import pack_bits, popcount, unpack_bits, unpack_signs
 from .block_sparse import block_sparse_attention
@@ -28,6 +29,7 @@ __all__ = [
     'Sets',
     'Windows',
     'apart',
+    'average_pool',
     'binary_linear',
     'block_sparse_attention',
     'build_windows',

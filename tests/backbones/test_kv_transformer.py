@@ -48,6 +48,15 @@ def test_positions_are_those_of_the_whole_map_of_scores():
     torch.testing.assert_close(attention(x, (2, 3), sizes), attention.proj(out), rtol=1e-4, atol=1e-6)
 
 
+def test_positions_have_the_type_of_the_weights():
+    """Files in half precision hold no sum of two types."""
+    attention, _ = attention_and_tokens(positional=True)
+    expected = attention.key_positions(7)
+    found = attention.half().key_positions(7)
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=2e-3)
+
+
 @torch.no_grad()
 def test_windows_and_options_of_attention():
     attention, x = attention_and_tokens(window_size=4)

@@ -74,6 +74,14 @@ def test_batch_and_size_in_one_profile(name, tmp_path):
     assert trial.engine_of_any_size().startswith('yes')
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('names', FOURS[:-1], ids='-'.join)
+def test_mixers_at_any_size(names, tmp_path):
+    trial = Trial(of_mixers(names), images(), tmp_path)
+    assert trial.dynamic_size([(133, 97), (96, 200)]).startswith('yes')
+    assert trial.engine_of_any_size().startswith('yes')
+
+
 def one_stage(kind, backbone=tasks.PYRAMID):
     return Detector(backbone=backbone, neck={'type': FPN, 'out_channels': 16}, preprocess=tasks.PIXELS,
                     head={'type': kind, 'num_classes': 3, 'num_convs': 1})  # fmt: skip

@@ -4,12 +4,10 @@ recorded, read a pyramid that is not its backbone's, or fail on masks without a 
 import probe
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.export import Dim, export
 
 from densezoo.heads import FCN, DeepLabV3Plus, PyramidInfo, SegFormerHead, UPerNet, segformer, segmentation
-from densezoo.heads.upernet import AveragePool
 
 RECORDED = PyramidInfo([64, 128, 320, 512], [4, 8, 16, 32])
 SIZE = (256, 320)
@@ -112,13 +110,6 @@ def test_recorded_gradients(name):
 
 
 # -------------------------------------------------------------------------------------------------- properties
-
-
-@pytest.mark.parametrize('bins', [1, 2, 3, 6])
-def test_average_pool_is_adaptive_pooling(bins):
-    for size in ((1, 1), (2, 5), (6, 7), (13, 29)):
-        x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
-        torch.testing.assert_close(AveragePool(bins)(x), F.adaptive_avg_pool2d(x, bins))
 
 
 @pytest.mark.parametrize('name', HEADS)
