@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as symbolic_config
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 from ..kernels import use
 
@@ -38,8 +40,8 @@ def export_program(
         run their references).
 
     Raises:
-        ValueError: the images are not (B, C, H, W), the model takes one size alone or reduces its tokens, or the
-            example is below the range.
+        ValueError: the images are not (B, C, H, W), the model takes one size alone or reduces its tokens, the
+            example is below the range, or it is too small for one graph of all sizes.
     """
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
     if not inputs or inputs[0].ndim != 4:
@@ -57,9 +59,18 @@ def export_program(
         first[2], first[3] = Dim('height', min=smallest, max=MAX_SIZE), Dim('width', min=smallest, max=MAX_SIZE)
     shapes = (first, *(others for _ in inputs[1:])) if first else None
     with evaluating(model), use('torch'), symbolic_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-        return torch.export.export(
-            model, inputs, dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True
-        )
+        try:
+            return torch.export.export(
+                model, inputs, dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True
+            )
+        except (UserError, ConstraintViolationError) as error:
+            if not dynamic_size:
+                raise
+            raise ValueError(
+                f'{type(model).__name__} does not export for all sizes from {smallest} on: one of its maps is a single '
+                'row, column or window, of which torch makes another graph; '
+                f'give a larger example (got {tuple(inputs[0].shape)}) or min_size (got {smallest})'
+            ) from error
 
 
 @contextlib.contextmanager

@@ -72,6 +72,17 @@ def test_bad_examples(model, example, options, text):
         export_program(model, example, **options)
 
 
+def test_an_example_of_one_window():
+    multipole = ('pool', 'pool', 'pool', {'name': 'multipole', 'levels': 2, 'window_size': 4})
+    model = create_model('poolformer_s12', features_only=True, depths=(1,) * 4, dims=(32,) * 4, mixers=multipole).eval()
+    text = r'PoolFormer does not export for all sizes from 33 on.* larger example \(got \(2, 3, 160, 160\)\)'
+    with pytest.raises(ValueError, match=text) as caught:
+        export_program(model, torch.randn(2, 3, 160, 160), dynamic_size=True)
+    assert '\n' not in str(caught.value)
+    program = export_program(model, torch.randn(2, 3, 288, 288), dynamic_size=True)
+    assert program.module()(torch.randn(1, 3, 300, 333))[-1].shape[2:] == (10, 11)
+
+
 def test_models_of_one_size_say_why():
     fixed = create_model('randformer_s12', img_size=64, **SMALL)
     with pytest.raises(ValueError, match=r'RandFormer takes \(64, 64\) alone: its random matrices'):

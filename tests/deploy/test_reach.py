@@ -77,6 +77,7 @@ def test_batch_and_size_in_one_profile(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('names', FOURS[:-1], ids='-'.join)
 def test_mixers_at_any_size(names, tmp_path):
+    names = [name for name in names if name != 'multipole']  # its least size depends on its levels: Mano states it
     trial = Trial(of_mixers(names), images(), tmp_path)
     assert trial.dynamic_size([(133, 97), (96, 200)]).startswith('yes')
     assert trial.engine_of_any_size().startswith('yes')
