@@ -152,8 +152,6 @@ class Hyena(nn.Module):
         """The filter for every offset, (2 height - 1, 2 width - 1, C); a position's own factor is in the middle."""
         quadrant = self.filter(height, width) * self.scale
         y, x = (torch.arange(1 - size, size, device=quadrant.device) for size in (height, width))
-        y_is_0, x_is_0 = (torch.arange(size, device=quadrant.device) == 0 for size in (height, width))
-        quadrant = quadrant + (y_is_0[:, None] & x_is_0)[..., None] * self.bias
         # Four flipped copies, padded to one size and summed, are one reflected copy times the factors of its parts.
         # TensorRT can build this one for maps of any size: all shapes come from y and x.
         above, below, left, right = (y >= 0)[:, None], (y <= 0)[:, None], x >= 0, x <= 0
@@ -162,7 +160,8 @@ class Hyena(nn.Module):
             factor = parts[0 if self.direction == 'forward' else 1].to(quadrant.dtype)
         else:
             factor = sum(weight * part for weight, part in zip(self.linear_mix.weight[0], parts))  # type: ignore[assignment]
-        return quadrant[y.abs()][:, x.abs()] * factor[..., None]
+        own = (parts[0] & parts[1])[..., None] * self.bias
+        return (quadrant[y.abs()][:, x.abs()] + own) * factor[..., None]
 
     def extra_repr(self) -> str:
         return f'direction={self.direction!r}'

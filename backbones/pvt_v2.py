@@ -88,7 +88,8 @@ class SpatialReductionAttention(nn.Module):
     def reduce(self, x: Tensor) -> Tensor:
         """The map that keys and values are made of."""
         if self.pool_size is not None:
-            return F.gelu(self.norm(self.sr(average_pool(to_first(x), self.pool_size).permute(0, 2, 3, 1))))
+            pooled = average_pool(to_first(x), self.pool_size).permute(0, 2, 3, 1)
+            return F.gelu(self.norm(self.sr(pooled)))
         if self.sr_ratio == 1:
             return x
         x = to_first(x)

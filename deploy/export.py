@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import UserError
+from torch._dynamo.exc import UserError, UserErrorType
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as symbolic_config
-from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 from ..kernels import use
 
@@ -63,8 +62,8 @@ def export_program(
             return torch.export.export(
                 model, inputs, dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True
             )
-        except (UserError, ConstraintViolationError) as error:
-            if not dynamic_size:
+        except UserError as error:
+            if not dynamic_size or error.error_type != UserErrorType.CONSTRAINT_VIOLATION:
                 raise
             raise ValueError(
                 f'{type(model).__name__} does not export for all sizes from {smallest} on: one of its maps is a single '

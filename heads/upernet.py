@@ -21,18 +21,13 @@ from .pyramid import FeatureInfo, positive
 from .segmentation import SegmentationHead, resize
 
 
-class AveragePool(nn.Module):
+class AveragePool(nn.AdaptiveAvgPool2d):
     """nn.AdaptiveAvgPool2d(bins) that exports with any size."""
 
-    def __init__(self, bins: int):
-        super().__init__()
-        self.bins = bins
+    output_size: int
 
     def forward(self, x: Tensor) -> Tensor:
-        return average_pool(x, self.bins)
-
-    def extra_repr(self) -> str:
-        return f'bins={self.bins}'
+        return average_pool(x, self.output_size)
 
 
 class PyramidPooling(nn.ModuleList):

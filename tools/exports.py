@@ -1,7 +1,7 @@
 """The export matrix: every model x {ONNX, fp16, int8, engine, dynamic batch, dynamic size}: yes, or the reason.
 
-python tools/exports.py docs/exports.md                      # the smallest model of each family: half an hour
-python tools/exports.py docs/exports.md --reduced            # narrow, shallow copies: some minutes
+python tools/exports.py docs/exports.md                      # the smallest model of each family
+python tools/exports.py docs/exports.md --reduced            # narrow, shallow copies: an hour
 python tools/exports.py docs/exports.md --models 'swin*' --results runs/exports.json     # goes on where it stopped
 
 Each cell is what happened when it was run: pyramids go from PyTorch to ONNX with a dynamic batch, are compared in
