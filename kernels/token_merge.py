@@ -119,19 +119,22 @@ def match_every_kth(metric: Tensor, k: int) -> Matching:
         return Matching(source[:, :0], source, partner, a, b, N)
 
 
-def token_merge(x: Tensor, matching: Matching, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def token_merge(
+    x: Tensor, matching: Matching, size: Tensor | None = None, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
     """Merges tokens, weighted by how many they stand for.
 
     Args:
         x: (B, N, C).
         matching: of N tokens.
         size: (B, N, 1); ones if None.
+        backend: None chooses; 'torch' or 'triton' insists.
 
     Returns:
         x (B, N - r, C) and size (B, N - r, 1).
 
     Raises:
-        ValueError: a shape does not fit the matching.
+        ValueError: a shape does not fit the matching, or the backend asked for cannot take the call.
     """
     _check_tokens(x, matching, size)
     size = x.new_ones(x.shape[0], x.shape[1], 1) if size is None else size
@@ -142,7 +145,8 @@ def token_merge(x: Tensor, matching: Matching, size: Tensor | None = None) -> tu
     x, size = x[:, :matched], size[:, :matched]
     total = sum_to_places(size, place, left)
     share = size / take_places(total, place)
-    return mean_to_places(x, share, place, matching.kept(), matching.a[matching.source]), total
+    moved = matching.a[matching.source]
+    return mean_to_places(x, share, place, matching.kept(), moved, backend=backend), total
 
 
 def merge_source(matching: Matching, source: Tensor | None = None) -> Tensor:

@@ -11,6 +11,10 @@ The first two are one operation on whole rows of the flattened batch: on a CPU f
 import torch
 from torch import Tensor
 
+from .dispatch import refuse_triton, select
+
+WIDEST = 8192  # channels of a row that one program of the Triton kernel holds
+
 
 def sum_to_places(x: Tensor, place: Tensor, left: int) -> Tensor:
     """(B, N, C) -> (B, left, C); places that nothing goes to are zero.
@@ -30,7 +34,9 @@ def sum_to_places(x: Tensor, place: Tensor, left: int) -> Tensor:
     return out.index_add(0, _flat(place, left), x.reshape(-1, C)).view(B, left, C)
 
 
-def mean_to_places(x: Tensor, share: Tensor, place: Tensor, kept: Tensor, moved: Tensor) -> Tensor:
+def mean_to_places(
+    x: Tensor, share: Tensor, place: Tensor, kept: Tensor, moved: Tensor, *, backend: str | None = None
+) -> Tensor:
     """(B, N, C) -> (B, M, C): sum_to_places(x * share, place, M) where the shares of each place sum to 1.
 
     The row that stays at a place has what the others leave of 1, so that only the moved rows need arithmetic: all
@@ -42,11 +48,24 @@ def mean_to_places(x: Tensor, share: Tensor, place: Tensor, kept: Tensor, moved:
         place: (B, N) int64, where each row goes.
         kept: (B, M) int64, the row that stays at each place.
         moved: (B, N - M) int64, all other rows.
+        backend: None chooses; 'torch' or 'triton' insists.
+
+    Raises:
+        ValueError: the shapes do not fit, or the backend asked for cannot take the call.
     """
-    left = kept.shape[1]
+    _check(x, place, same=True)
+    if select('mean_to_places', backend, {'triton': can_run_triton(x, share), 'torch': None}) == 'triton':
+        from .triton_merge import mean_to_places_triton  # Triton is imported where it is used
+
+        return mean_to_places_triton(x, share, place, kept, moved)
+    return mean_to_places_reference(x, share, place, kept, moved)
+
+
+def mean_to_places_reference(x: Tensor, share: Tensor, place: Tensor, kept: Tensor, moved: Tensor) -> Tensor:
+    """The definition in plain PyTorch."""
+    (B, _, C), left = x.shape, kept.shape[1]
     if torch.compiler.is_exporting():
         return sum_to_places(x * share, place, left)
-    B, C = _check(x, place, same=True)
     rows = x.reshape(-1, C)
     out = rows.index_select(0, _flat(kept, x.shape[1]))
     target = _flat(place.gather(1, moved), left)
@@ -82,6 +101,13 @@ def rising(positions: Tensor) -> Tensor:
     if torch.compiler.is_exporting():
         return positions.float().neg().topk(positions.shape[1], dim=1).values.neg().long()
     return positions.sort(1).values
+
+
+def can_run_triton(x: Tensor, share: Tensor) -> str | None:
+    """Why Triton cannot take this call."""
+    if x.shape[2] > WIDEST:
+        return f'rows are {x.shape[2]} channels wide, and the kernel takes up to {WIDEST}'
+    return refuse_triton({'x': x, 'share': share})
 
 
 def _flat(place: Tensor, left: int) -> Tensor:

@@ -17,6 +17,7 @@ from densezoo.kernels import (
     hamming_attention,
     hilo_attention,
     match_tokens,
+    mean_to_places,
     neighborhood_attention,
     pool_mixer,
     shift_linear,
@@ -67,6 +68,12 @@ def matching(dtype):
     return match_tokens(torch.empty(2, 50, 64, dtype=dtype), 5, class_token=True, backend='triton').stay
 
 
+def merging(dtype):
+    x = torch.empty(2, 50, 192, dtype=dtype, requires_grad=True)
+    place, kept, moved = (torch.empty(2, rows, dtype=torch.int64) for rows in (50, 41, 9))
+    return mean_to_places(x, torch.empty(2, 50, 1), place, kept, moved, backend='triton')
+
+
 def signs(dtype):
     vector = torch.empty(48)
     words = torch.empty(48, 3, dtype=torch.int32)
@@ -103,6 +110,7 @@ OPERATIONS = {
     pooling: (('triton_pool',), 3),
     hilo: (('triton_window', 'triton_ragged'), 5),
     matching: (('triton_match',), 1),
+    merging: (('triton_merge',), 2),
     signs: (('triton_binary',), 2),
     unpacked: (('triton_binary',), 1),
     shifts: (('triton_shift',), 1),
@@ -134,7 +142,7 @@ def compiled(operation, dtype, monkeypatch, **options):
     return found
 
 
-@pytest.mark.parametrize('operation', [matching, pooling, signs])
+@pytest.mark.parametrize('operation', [matching, merging, pooling, signs])
 def test_machine_code_of_small_kernels(operation, monkeypatch):
     assert len(compiled(operation, torch.float16, monkeypatch)) == OPERATIONS[operation][1]
 

@@ -90,3 +90,8 @@ def test_bad_input():
         fuse_by_scores(torch.rand(1, 5, 4), 5, class_token=True)
     with pytest.raises(ValueError, match=r'x must be \(B, N, C\) and place \(B, N\), got .*\(2, 3, 4\)'):
         sum_to_places(torch.rand(2, 3, 4), torch.zeros(2, 4, dtype=torch.int64), 3)
+    place = torch.zeros(1, 1, dtype=torch.int64)
+    with pytest.raises(
+        ValueError, match="mean_to_places cannot run with backend='triton': rows are 8193 channels wide"
+    ):
+        mean_to_places(torch.rand(1, 1, 8193), torch.ones(1, 1, 1), place, place, place[:, 1:], backend='triton')

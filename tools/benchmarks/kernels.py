@@ -9,7 +9,8 @@ the share of the measured copy bandwidth that the bytes in our time amount to.
 Peers: roll + partition + scaled_dot_product_attention with bias and mask; the same windows through compiled
 FlexAttention (on a GPU); the public Triton kernels of Flash Window Attention, for windows that are not shifted, out of
 a checkout of https://github.com/zzd1992/FlashWindowAttention; HiLo's branches as two calls of attention; dense windows
-and dense attention for the sparse operations; NATTEN where it is installed; timm-like modules for pooling and matching.
+and dense attention for the sparse operations; NATTEN where it is installed; timm-like modules for pooling; the matrix
+of similarities for matching; gather and scatter_add for merging.
 """
 
 import importlib
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from densezoo.kernels import (
+    Matching,
     block_sparse_attention,
     build_windows,
     hilo_attention,
@@ -34,6 +36,7 @@ from densezoo.kernels import (
     neighborhood_attention,
     pool_mixer,
     sparse_window_attention,
+    token_merge,
     window_attention,
 )
 from densezoo.kernels.token_merge import best_partners
@@ -43,7 +46,7 @@ from .timing import Comparison, compare
 STAGES = ((4, 1), (8, 2), (16, 4), (32, 8))  # stride, channels over those of stage 1
 WIDTHS = {'tiny': 96, 'base': 128}
 WINDOW, SHIFT, HEAD = 7, 3, 32
-OPERATIONS = ('window', 'hilo', 'sparse', 'blocks', 'neighborhood', 'pool', 'match')
+OPERATIONS = ('window', 'hilo', 'sparse', 'blocks', 'neighborhood', 'pool', 'match', 'merge')
 Call = Callable[..., Tensor]
 
 
@@ -376,6 +379,28 @@ def match_cases(device: str, dtype: Any, batch: int, sizes: Sequence[int], width
         yield Case(name, ours, peers, (metric,), metric.nbytes, operations, same=False, trained=False)
 
 
+def merge_cases(device: str, dtype: Any, batch: int, sizes: Sequence[int], width: int) -> Iterator[Case]:
+    for size in sizes:
+        N, C = (size // 16) ** 2, 4 * width
+        matching = match_tokens(torch.randn(batch, N, 64, device=device, dtype=dtype), N // 8)
+        x = torch.randn(batch, N, C, device=device, dtype=dtype)
+        sizes_of_tokens = torch.randint(1, 5, (batch, N, 1), device=device).to(dtype)
+
+        def ours(x: Tensor, matching: Matching = matching, size: Tensor = sizes_of_tokens) -> Tensor:
+            return token_merge(x, matching, size)[0]
+
+        def scattered(x: Tensor, matching: Matching = matching, size: Tensor = sizes_of_tokens) -> Tensor:
+            kept, moved = matching.kept()[..., None], matching.a[matching.source][..., None]
+            target = matching.places().gather(1, moved[..., 0])[..., None]
+            total = size.gather(1, kept).scatter_add(1, target, size.gather(1, moved))
+            weighted, C = x * size, x.shape[2]
+            added = weighted.gather(1, moved.expand(-1, -1, C))
+            return weighted.gather(1, kept.expand(-1, -1, C)).scatter_add(1, target.expand(-1, -1, C), added) / total
+
+        floor, operations = x.nbytes + x.nbytes * 7 // 8, 3 * batch * (N // 8) * C
+        yield Case(f'merge {batch}x{N}x{C}', ours, {'gather, scatter_add': scattered}, (x,), floor, operations)
+
+
 CASES: dict[str, Callable[..., Iterator[Case]]] = {
     'window': window_cases,
     'hilo': hilo_cases,
@@ -384,4 +409,5 @@ CASES: dict[str, Callable[..., Iterator[Case]]] = {
     'neighborhood': neighborhood_cases,
     'pool': pool_cases,
     'match': match_cases,
+    'merge': merge_cases,
 }

@@ -1,5 +1,5 @@
-"""Without this the Triton kernels of block-sparse, neighborhood and binary attention, of matching and of binary and
-shift layers are never executed."""
+"""Without this the Triton kernels of block-sparse, neighborhood and binary attention, of matching and merging and of
+binary and shift layers are never executed."""
 
 import pytest
 import torch
@@ -9,11 +9,13 @@ from densezoo.kernels import (
     block_sparse_attention,
     hamming_attention,
     match_tokens,
+    mean_to_places,
     neighborhood_attention,
     pack_bits,
     pack_shift_sums,
     pack_shifts,
     shift_linear,
+    token_merge,
 )
 
 
@@ -97,6 +99,43 @@ def pair(call, *tensors, tolerance=1e-5):
     assert ours.dtype == tensors[0].dtype and ours.shape == expected.shape
     scale = expected.abs().max().clamp(1).item()
     torch.testing.assert_close(ours.double(), expected, rtol=0, atol=tolerance * scale)
+
+
+def merging(B, N, left, seed=0):
+    """Where rows go: `left` of them stay, in any order, the others anywhere, most to the first places."""
+    g = torch.Generator().manual_seed(seed)
+    rows = torch.stack([torch.randperm(N, generator=g) for _ in range(B)])
+    kept, moved = rows[:, :left], rows[:, left:]
+    target = (left * torch.rand(moved.shape, generator=g) ** 2).long()
+    place = torch.empty_like(rows).scatter(1, kept, torch.arange(left).expand(B, -1)).scatter(1, moved, target)
+    return torch.rand(B, N, 1, generator=g), place, kept, moved
+
+
+@pytest.mark.parametrize(('B', 'N', 'left', 'C'), [(1, 1, 1, 1), (2, 9, 9, 3), (2, 30, 7, 5), (3, 12, 1, 130)])
+def test_merging(B, N, left, C):
+    share, *where = merging(B, N, left)
+    x = torch.randn(B, N, C)
+    both(lambda backend, x, share: mean_to_places(x, share, *where, backend=backend), x, share)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_merging_views_in_half_precision(dtype):
+    share, *where = merging(2, 20, 9)
+    wide = torch.randn(20, 2, 48).to(dtype)
+    x = wide[:, :, :24].transpose(0, 1)
+
+    def call(backend, x):
+        return mean_to_places(x, share.to(x.dtype), *where, backend=backend)
+
+    both(call, x, tolerance=0.01 if dtype == torch.float16 else 0.05)
+    assert torch.equal(call('triton', x), call('triton', x.contiguous()))
+
+
+def test_merging_of_what_was_matched():
+    metric, x = torch.randn(2, 21, 8), torch.randn(2, 21, 6)
+    size = torch.randint(1, 4, (2, 21, 1)).float()
+    matching = match_tokens(metric, 7, class_token=True, distill_token=True)
+    both(lambda backend, x, size: token_merge(x, matching, size.to(x.dtype), backend=backend)[0], x, size)
 
 
 @pytest.mark.parametrize('input_signs', [True, False])
