@@ -17,6 +17,9 @@ from .export import export_program
 
 OPSET = 18  # what the parsers of TensorRT 10 and 11 both read in full
 OPSET_BF16 = 22  # the first whose convolutions and pooling know bfloat16; TensorRT 11
+# Notes of the exporter on each node that are left out: lines of source files with their paths on this machine, and what
+# the node's name and namespace say already. Together they are larger than a packed model's weights.
+TRACES = ('pkg.torch.onnx.stack_trace', 'pkg.torch.onnx.class_hierarchy', 'pkg.torch.onnx.fx_node')
 
 
 def export_onnx(
@@ -62,6 +65,7 @@ def export_onnx(
             f'the model has {given} inputs and {count} outputs, got inputs={list(inputs)}, outputs={list(outputs)}'
         )
     halves = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    packed = any(buffer.dtype == torch.int32 for buffer in model.buffers())
     exported = torch.onnx.export(
         program,
         input_names=list(inputs),
@@ -70,14 +74,20 @@ def export_onnx(
         dynamo=True,
         external_data=False,
         verbose=False,
+        optimize=not packed,
         custom_translation_table=_operators(),
     )
     assert exported is not None
+    if packed:
+        _optimize_but_words(exported.model)
     lowest = {}
     if dynamic_size:
         lowest['min_size'] = min_size if min_size is not None else int(getattr(model, 'min_dynamic_size', 32))
     for key, value in {**_described(model), **lowest, **(metadata or {})}.items():
         exported.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
+    for node in exported.model.graph:
+        for key in TRACES:
+            node.metadata_props.pop(key, None)
     with replacing(path) as unfinished:
         exported.save(str(unfinished))
         onnx.checker.check_model(str(unfinished), full_check=True)
@@ -147,6 +157,19 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def _optimize_but_words(model: Any) -> None:
+    """The exporter's own optimization, which would unpack small layers' words in part and store that, eight bytes for
+    each field."""
+    import onnx_ir
+    from onnxscript.optimizer import optimize_ir
+
+    def should_fold(node: Any) -> bool | None:
+        words = node.inputs[0].const_value if node.op_type == 'Cast' and node.inputs else None
+        return False if words is not None and words.dtype == onnx_ir.DataType.INT32 and len(words.shape) > 1 else None
+
+    optimize_ir(model, should_fold=should_fold)
 
 
 def _keep_small_addends(graph: torch.fx.Graph) -> None:

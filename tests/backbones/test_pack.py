@@ -164,6 +164,18 @@ def test_exported_equals_eager(caplog):
     torch.testing.assert_close(program.module()(x), model(x), rtol=0, atol=1e-5)
 
 
+def test_an_onnx_file_of_small_layers_holds_their_words(tmp_path):
+    from densezoo.deploy import check_onnx, export_onnx
+
+    torch.manual_seed(0)
+    layers = [BinaryLinear(512, 512), ShiftLinear(512, 90), ShiftSumLinear(90, 512)]  # 8192 words each, at most
+    model, x = pack(nn.Sequential(*layers).eval()), images(2, 3, 4, 512)
+    path = export_onnx(model, x, tmp_path / 'packed.onnx')
+    words = sum(buffer.nbytes for buffer in model.buffers() if buffer.dtype == torch.int32)
+    assert path.stat().st_size < words + 100_000 < 0.2 * 4 * 512 * (512 + 90 + 90)
+    assert all(row.max_abs < 1e-3 for row in check_onnx(model, path, x))
+
+
 @pytest.mark.slow
 def test_onnx_and_engine(tmp_path):
     from densezoo.deploy import build_engine, check_onnx, export_onnx

@@ -52,6 +52,11 @@ def test_metadata(tiny, tmp_path):
         read_metadata(tmp_path / 'text.onnx')
 
 
+def test_a_file_holds_no_paths_of_this_machine(tiny_onnx):
+    data = tiny_onnx.read_bytes()
+    assert b'MetaFormerBlock' in data and b'.py' not in data
+
+
 def test_a_small_number_that_guards_a_division_survives(tmp_path):
     """Exporters' optimizers took it for zero, and 0 / 0 is not a number."""
 
