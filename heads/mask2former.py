@@ -120,7 +120,8 @@ class Mask2Former(MaskHead):
         feature_info: channels and strides of the maps, finest first; at least three.
         num_classes, things, tasks: as UniversalHead.
         kind: segments that it learns: 'panoptic' (every task can be read), 'instance' or 'semantic'.
-        num_queries: Q; of more segments than that in a picture the rest has no query.
+        num_queries: Q; of more segments than there are queries in a picture the rest has none.
+        num_seeds: queries beside them that start from cells that look like things, see `seeds`; 0 as published.
         channels, mask_channels: width, and that of the map for masks.
         encoder_layers, encoder_hidden: of the pixel decoder, on num_levels maps.
         decoder_layers, hidden: of the transformer decoder.
@@ -142,6 +143,7 @@ class Mask2Former(MaskHead):
         things: int | Sequence[int],
         kind: str = 'panoptic',
         num_queries: int = 100,
+        num_seeds: int = 0,
         channels: int = 256,
         mask_channels: int = 256,
         num_levels: int = 3,
@@ -208,6 +210,8 @@ class Mask2Former(MaskHead):
             num_heads=num_heads,
             pre_norm=pre_norm,
             project=project,
+            num_seeds=num_seeds,
+            seed_classes=self.reader.things,
         )
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

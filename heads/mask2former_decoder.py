@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .pyramid import positive
+from .seeds import SeedQueries
 from .transformer import MLP, sine_positions
 
 # B batch, Q queries, C width, N cells of a map, h heads, d head width, K classes, D channels of the map for masks
@@ -96,6 +97,8 @@ class MaskedDecoder(nn.Module):
         hidden, num_heads, pre_norm: of a layer.
         project: a 1x1 convolution of each map, though its width is C.
         learnt_queries: queries start from a table; without, `start` must be given.
+        num_seeds: G further queries that start from cells of the second map, see `seeds`.
+        seed_classes: of those cells.
     """
 
     def __init__(
@@ -111,6 +114,8 @@ class MaskedDecoder(nn.Module):
         pre_norm: bool = False,
         project: bool = False,
         learnt_queries: bool = True,
+        num_seeds: int = 0,
+        seed_classes: Sequence[int] = (),
     ):
         super().__init__()
         if channels % positive('num_heads', num_heads):
@@ -136,12 +141,21 @@ class MaskedDecoder(nn.Module):
                 nn.init.zeros_(part.get_parameter('bias'))
         self.class_embed = nn.Linear(channels, num_classes + 1)
         self.mask_embed = MLP(in_channels=channels, channels=channels, out_channels=mask_channels, depth=3)
+        if num_seeds < 0:
+            raise ValueError(f'num_seeds must not be negative, got {num_seeds}')
+        self.seeds = None
+        if num_seeds:
+            self.seeds = SeedQueries(channels=channels, number=num_seeds, classes=seed_classes or range(num_classes))
 
     def forward(
-        self, levels: Sequence[Tensor], mask_features: Tensor, start: Tensor | None = None
+        self,
+        levels: Sequence[Tensor],
+        mask_features: Tensor,
+        start: Tensor | None = None,
+        task: Tensor | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Three maps, coarsest first, and the map for masks -> class logits (B, Q, K + 1) and mask logits (B, Q, H, W)
-        of the initial queries and of every layer."""
+        """Three maps, coarsest first, and the map for masks -> class logits (B, Q + G, K + 1) and mask logits
+        (B, Q + G, H, W) of the initial queries and of every layer; `task` (B, 1, C) is added to the G seeds."""
         memories = [
             (project(x) + embed[:, None, None]).flatten(2).transpose(1, 2)
             for project, x, embed in zip(self.input_proj, levels, self.level_embed.weight)
@@ -154,12 +168,18 @@ class MaskedDecoder(nn.Module):
         if start is None:
             assert self.query_feat is not None
             start = self.query_feat.weight.expand(mask_features.shape[0], -1, -1)
-        query = start
+        query, seeds = start, None
+        if self.seeds is not None:
+            seeds = self.seeds(levels[1], mask_features.shape[-2:], self.classify, task)
+            place = torch.cat([place.expand(query.shape[0], -1, -1), seeds.place], 1)
+            query = torch.cat([query, seeds.query], 1)
         classes, masks = [], []
         for i in range(len(self.cross_attention) + 1):
             shown = self.decoder_norm(query)
             classes.append(self.class_embed(shown))
             masks.append(torch.einsum('bqc,bchw->bqhw', self.mask_embed(shown), mask_features))
+            if self.seeds is not None and seeds is not None:
+                masks[-1] = self.seeds.keep_near(masks[-1], shown, seeds)
             if i == len(self.cross_attention):
                 break
             level = i % 3
@@ -167,6 +187,10 @@ class MaskedDecoder(nn.Module):
             query = self.cross_attention[i](query, place, memories[level], positions[level], seen)
             query = self.feed_forward[i](self.self_attention[i](query, place))
         return classes, masks
+
+    def classify(self, query: Tensor) -> Tensor:
+        """Queries (B, N, C) -> logits of classes (B, N, K + 1)."""
+        return self.class_embed(self.decoder_norm(query))
 
 
 def where_to_look(masks: Tensor, size: Sequence[int]) -> Tensor:

@@ -55,6 +55,8 @@ class TaskDecoder(MaskedDecoder):
         num_heads: int,
         class_layers: int,
         dropout: float,
+        num_seeds: int = 0,
+        seed_classes: Sequence[int] = (),
     ):
         super().__init__(
             num_classes=num_classes,
@@ -65,6 +67,8 @@ class TaskDecoder(MaskedDecoder):
             hidden=hidden,
             num_heads=num_heads,
             learnt_queries=False,
+            num_seeds=num_seeds,
+            seed_classes=seed_classes,
         )
         self.class_layers = nn.ModuleList(
             DecoderLayer(channels=channels, num_heads=num_heads, hidden=hidden, dropout=dropout)
@@ -101,6 +105,7 @@ class OneFormer(MaskHead):
         classes: names of the K classes, for the texts.
         things, tasks: as UniversalHead; each of `tasks` costs a run of the transformer decoder at inference.
         num_queries: Q, the task's own among them.
+        num_seeds: queries beside them that start from cells that look like things, see `seeds`; 0 as published.
         channels: C; mask_channels: of the map for masks.
         encoder_layers, encoder_hidden, num_levels, num_points: of the pixel decoder.
         decoder_layers, class_layers, hidden, num_heads: of the transformer decoder and of the one that makes queries.
@@ -127,6 +132,7 @@ class OneFormer(MaskHead):
         classes: Sequence[str],
         things: int | Sequence[int],
         num_queries: int = 150,
+        num_seeds: int = 0,
         channels: int = 256,
         mask_channels: int = 256,
         num_levels: int = 3,
@@ -204,6 +210,8 @@ class OneFormer(MaskHead):
             num_heads=num_heads,
             class_layers=class_layers,
             dropout=dropout,
+            num_seeds=num_seeds,
+            seed_classes=self.reader.things,
         )
         self.task_mlp = MLP(in_channels=length, channels=channels, out_channels=channels, depth=2)
         self.tokenizer = Tokenizer(merges, length=length)
@@ -239,7 +247,7 @@ class OneFormer(MaskHead):
         fine = self.pixel_decoder.sub_pixel
         # Queries start from a look at the whole picture, for which the finest map's own cells are enough.
         start = self.predictor.start(maps.mask if fine == 1 else F.avg_pool2d(maps.mask, fine), task)
-        return *self.predictor(maps.levels, maps.mask, start), start
+        return *self.predictor(maps.levels, maps.mask, start, start[:, -1:]), start
 
     def loss(self, features: Sequence[Tensor], targets: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """See `set_losses`, and 'loss_contrast'. Each picture's task is drawn with torch's generator."""

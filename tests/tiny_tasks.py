@@ -74,8 +74,8 @@ QUERIES = {'channels': 16, 'mask_channels': 8, 'encoder_layers': 1, 'encoder_hid
 
 
 def universal(**head) -> Task:
-    """Mask2Former, or another head."""
-    head = head or {'type': Mask2Former, 'num_classes': 4, **QUERIES}
+    """Mask2Former with seeds, or another head."""
+    head = head or {'type': Mask2Former, 'num_classes': 4, 'num_seeds': 4, **QUERIES}
     return UniversalSegmentor(backbone=PYRAMID, head=head, preprocess=PIXELS)
 
 

@@ -109,8 +109,8 @@ COMPARISONS = (
         what='head',
         figures={'panoptic/PQ': 'PQ', 'mIoU': 'mIoU', 'coco/segm_mAP': 'mask AP', 'coco/segm_mAP_50': 'mask AP50'},
         runs={
-            'universal': 'OneFormer',
-            'universal_mask2former': 'Mask2Former',
+            'universal': 'Mask2Former with seeds',
+            'universal_oneformer': 'OneFormer',
             'universal_kmax': 'kMaX-DeepLab',
             'segmentation': 'FPN and Semantic FPN, semantic alone',
             'instance': 'Mask R-CNN, instances alone',

@@ -263,6 +263,18 @@ def test_finer_masks():
     assert all(torch.isfinite(value) for value in head.train().loss(maps(), HARD['one pixel']).values())
 
 
+@pytest.mark.parametrize('things', [2, 0])
+def test_seeds_are_further_queries(things):
+    head, features = small(num_seeds=4, things=things).eval(), maps()
+    with torch.no_grad():
+        classes, masks = head(features)
+        assert classes.shape == (2, 6 + 4, 6) and masks.shape == (2, 6 + 4, 16, 24)
+        assert {'masks', 'panoptic', 'mask'} < head.predict(features, [(64, 96)] * 2)[0].keys()
+    losses = head.train().loss(features, HARD['no objects'])
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in head.parameters())
+
+
 def test_rates_and_decay_of_parameters():
     task = UniversalSegmentor(backbone=create_model(features_only=True, **TINY), head=small(lr_scale=0.25))
     groups = parameter_groups(task, lr=1.0, weight_decay=0.1)
@@ -340,6 +352,7 @@ ERRORS = [
     (lambda: small(kind='semantics'), "kind must be one of .* did you mean 'semantic'"),
     (lambda: small(channels=18), 'channels must be a multiple of 4'),
     (lambda: small(num_heads=3), 'channels must be a multiple of num_heads=3, got 16'),
+    (lambda: small(num_seeds=-1), 'num_seeds must not be negative, got -1'),
     (lambda: small(num_levels=5), 'needs three maps or more and num_levels of them, got 4 maps, num_levels=5'),
     (lambda: small(important=2), r'important in \[0, 1\], got loss_points=50, oversample=3.0, important=2'),
     (lambda: small(sub_pixel=3), 'sub_pixel must be a divisor of the first stride 4, got 3'),

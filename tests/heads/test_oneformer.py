@@ -6,6 +6,7 @@ import gzip
 import probe
 import pytest
 import torch
+from torch.export import Dim, export
 
 from densezoo.heads import OneFormer, PyramidInfo
 from densezoo.heads.oneformer import convert
@@ -216,6 +217,25 @@ def test_each_task_is_answered_by_its_own_run():
             for result, both in zip(alone, together):
                 for key in keys:
                     torch.testing.assert_close(result[key], both[key])
+
+
+def test_a_head_with_seeds():
+    """Batched equals single, every parameter learns, and the graph of any batch computes the same."""
+    head, features = small(num_seeds=5).eval(), maps()
+    with torch.no_grad():
+        classes, masks = head(features)
+        assert classes.shape == (2, 3, 8 + 5, 6) and masks.shape == (2, 3, 8 + 5, 16, 24)
+        single = head([f[1:] for f in features])
+    torch.testing.assert_close(single[0], classes[1:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(single[1], masks[1:], rtol=1e-4, atol=1e-4)
+    program = export(head, (features,), dynamic_shapes=([{0: Dim('batch', min=2, max=16)} for _ in features],)).module()
+    for ours, theirs in zip(program([torch.cat([f, f]) for f in features]), (classes, masks), strict=True):
+        torch.testing.assert_close(ours, torch.cat([theirs, theirs]), rtol=1e-4, atol=1e-4)
+    losses = head.train().loss(features, HARD['objects'])
+    sum(losses.values()).backward()
+    for name, parameter in head.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+    assert head.predictor.seeds.rate.weight.grad.abs().sum() > 0
 
 
 def test_losses_are_float32_under_autocast():
