@@ -102,6 +102,7 @@ class Activator(Plain):
         token_mixer: by name or dict(name=..., option=...), 'glu' or another one of `layers.token_attention`.
         norm: normalisation before both branches, by name.
         pyramid_dim: channels of the dense form's maps for heads without a neck, see `Plain.assemble`.
+        pyramid_blocks: blocks that the dense form's maps are read from, see `Plain.assemble`.
         img_size: not needed, any size is taken.
         The others: see `Plain.assemble`.
     """
@@ -123,6 +124,7 @@ class Activator(Plain):
         token_mixer: str | Mapping[str, Any] = 'glu',
         norm: str = 'layer_eps5',
         pyramid_dim: int | None = None,
+        pyramid_blocks: Sequence[int] | None = None,
         drop_path_rate: float = 0.0,
         drop_rate: float = 0.0,
         in_chans: int = 3,
@@ -152,6 +154,7 @@ class Activator(Plain):
             norm=lambda dim: nn.Identity(),
             pooling='avg',
             pyramid_dim=pyramid_dim,
+            pyramid_blocks=pyramid_blocks,
             in_chans=in_chans,
             num_classes=num_classes,
             drop_rate=drop_rate,

@@ -144,7 +144,7 @@ class CaiT(Plain):
         qkv_bias: learn a bias of queries, keys and values.
         token_mixer: by name; 'attention' is attention without talking heads, which takes windows.
         layer_scale: start value of the branches' learnable scales.
-        window_size, global_blocks, pyramid_dim, img_size: as in `DeiT`; talking heads take no windows.
+        window_size, global_blocks, pyramid_dim, pyramid_blocks, img_size: as in `DeiT`; talking heads take no windows.
         The others: see `Plain.assemble`. Stochastic depth is constant over the blocks, class attention has none.
     """
 
@@ -169,6 +169,7 @@ class CaiT(Plain):
         window_size: int | None = None,
         global_blocks: Sequence[int] | None = None,
         pyramid_dim: int | None = None,
+        pyramid_blocks: Sequence[int] | None = None,
         drop_path_rate: float = 0.0,
         drop_rate: float = 0.0,
         in_chans: int = 3,
@@ -205,6 +206,7 @@ class CaiT(Plain):
             norm=make_norm,
             pooling='avg' if features_only else 'token',
             pyramid_dim=pyramid_dim,
+            pyramid_blocks=pyramid_blocks,
             in_chans=in_chans,
             num_classes=num_classes,
             drop_rate=drop_rate,

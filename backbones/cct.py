@@ -92,7 +92,7 @@ class CCT(Plain):
         positions: 'learnable', 'sine' (of the tokens in row order, a class token first) or 'none'.
         qkv_bias: learn a bias of queries, keys and values.
         attn_drop: probability of dropping an attention weight while training, 0.1 in the authors' recipes.
-        token_mixer, norm, window_size, global_blocks, pyramid_dim, img_size: as in `DeiT`.
+        token_mixer, norm, window_size, global_blocks, pyramid_dim, pyramid_blocks, img_size: as in `DeiT`.
         The others: see `Plain.assemble`.
     """
 
@@ -118,6 +118,7 @@ class CCT(Plain):
         window_size: int | None = None,
         global_blocks: Sequence[int] | None = None,
         pyramid_dim: int | None = None,
+        pyramid_blocks: Sequence[int] | None = None,
         drop_path_rate: float = 0.0,
         drop_rate: float = 0.0,
         in_chans: int = 3,
@@ -180,6 +181,7 @@ class CCT(Plain):
             norm=make_norm,
             pooling=pooling,
             pyramid_dim=pyramid_dim,
+            pyramid_blocks=pyramid_blocks,
             in_chans=in_chans,
             num_classes=num_classes,
             drop_rate=drop_rate,

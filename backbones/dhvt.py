@@ -191,6 +191,7 @@ class DHVT(Plain):
         window_size: side of the windows that patches attend within, for large images in dense form; None for none.
         global_blocks: blocks without windows, four evenly spaced ones if None.
         pyramid_dim: channels of the dense form's maps for heads without a neck, see `Plain.assemble`.
+        pyramid_blocks: blocks that the dense form's maps are read from, see `Plain.assemble`.
         img_size: not needed, any size is taken.
         The others: see `Plain.assemble`.
     """
@@ -211,6 +212,7 @@ class DHVT(Plain):
         window_size: int | None = None,
         global_blocks: Sequence[int] | None = None,
         pyramid_dim: int | None = None,
+        pyramid_blocks: Sequence[int] | None = None,
         drop_path_rate: float = 0.0,
         drop_rate: float = 0.0,
         in_chans: int = 3,
@@ -243,6 +245,7 @@ class DHVT(Plain):
             norm=make_norm,
             pooling='token',
             pyramid_dim=pyramid_dim,
+            pyramid_blocks=pyramid_blocks,
             in_chans=in_chans,
             num_classes=num_classes,
             drop_rate=drop_rate,

@@ -216,6 +216,7 @@ class PlainGFNet(Plain):
         norm: normalisation throughout, by name.
         qkv_bias, token_mixer, window_size, global_blocks: of the blocks with attention, as in `DeiT`.
         pyramid_dim: channels of the dense form's maps for heads without a neck, see `Plain.assemble`.
+        pyramid_blocks: blocks that the dense form's maps are read from, see `Plain.assemble`.
         img_size: height and width that filters and positions are made for, 224 if None.
         The others: see `Plain.assemble`.
     """
@@ -238,6 +239,7 @@ class PlainGFNet(Plain):
         window_size: int | None = None,
         global_blocks: Sequence[int] | None = None,
         pyramid_dim: int | None = None,
+        pyramid_blocks: Sequence[int] | None = None,
         drop_path_rate: float = 0.0,
         drop_rate: float = 0.0,
         in_chans: int = 3,
@@ -275,6 +277,7 @@ class PlainGFNet(Plain):
             norm=make_norm,
             pooling='avg',
             pyramid_dim=pyramid_dim,
+            pyramid_blocks=pyramid_blocks,
             in_chans=in_chans,
             num_classes=num_classes,
             drop_rate=drop_rate,

@@ -142,7 +142,8 @@ class KVTransformer(Plain):
         patch_size: pixels of a patch's side, and their stride.
         mlp_ratio: width of the MLPs and of the head over dim.
         positional: scores depend on the keys' positions, see `KeyValueAttention`.
-        token_mixer, window_size, global_blocks, pyramid_dim, img_size: as in `DeiT`; 'attention' has queries.
+        token_mixer, window_size, global_blocks, pyramid_dim, pyramid_blocks, img_size: as in `DeiT`; 'attention' has
+            queries.
         norm: normalisation before both branches, by name.
         The others: see `Plain.assemble`.
     """
@@ -164,6 +165,7 @@ class KVTransformer(Plain):
         window_size: int | None = None,
         global_blocks: Sequence[int] | None = None,
         pyramid_dim: int | None = None,
+        pyramid_blocks: Sequence[int] | None = None,
         drop_path_rate: float = 0.0,
         drop_rate: float = 0.0,
         in_chans: int = 3,
@@ -204,6 +206,7 @@ class KVTransformer(Plain):
             pooling='token',
             head=lambda dim, classes, drop: GeluHead(dim, classes, drop, hidden=hidden),
             pyramid_dim=pyramid_dim,
+            pyramid_blocks=pyramid_blocks,
             in_chans=in_chans,
             num_classes=num_classes,
             drop_rate=drop_rate,

@@ -31,6 +31,7 @@ class PixelTransformer(Plain):
         window_size: side of the windows that pixels attend within; None for none.
         global_blocks: blocks without windows, four evenly spaced ones if None.
         pyramid_dim: channels of the dense form's maps for heads without a neck, see `Plain.assemble`.
+        pyramid_blocks: blocks that the dense form's maps are read from, see `Plain.assemble`.
         img_size: height and width that positions are made for, 28 if None.
         The others: see `Plain.assemble`.
     """
@@ -55,6 +56,7 @@ class PixelTransformer(Plain):
         window_size: int | None = None,
         global_blocks: Sequence[int] | None = None,
         pyramid_dim: int | None = None,
+        pyramid_blocks: Sequence[int] | None = None,
         drop_path_rate: float = 0.0,
         drop_rate: float = 0.0,
         in_chans: int = 3,
@@ -87,6 +89,7 @@ class PixelTransformer(Plain):
             norm=make_norm,
             pooling='avg',
             pyramid_dim=pyramid_dim,
+            pyramid_blocks=pyramid_blocks,
             in_chans=in_chans,
             num_classes=num_classes,
             drop_rate=drop_rate,

@@ -74,6 +74,7 @@ class Plain(Backbone):
         pooling: str,
         head: str | HeadFactory = 'linear',
         pyramid_dim: int | None = None,
+        pyramid_blocks: Sequence[int] | None = None,
         in_chans: int,
         num_classes: int,
         drop_rate: float,
@@ -92,6 +93,8 @@ class Plain(Backbone):
             head: 'linear', 'mlp', or what makes the family's own (see `layers.heads`).
             pyramid_dim: channels of all maps in dense form, by a 1x1 and a 3x3 convolution per level, for heads
                 without a neck (ViTDet); None leaves those to the neck.
+            pyramid_blocks: the block that each level of the pyramid is made from, the finest level first (BEiT with
+                UPerNet, arXiv 2106.08254: a third, a half, two thirds and all of the depth); None: all from the last.
             in_chans: channels of the image.
             num_classes: classes of the classifier; 0 returns pooled features.
             drop_rate: dropout before the classifier's last layer.
@@ -121,6 +124,7 @@ class Plain(Backbone):
             self.num_classes = 0
             strides = self.strides = pyramid_strides(stride, type(self).strides)  # type: ignore[misc]
             self.out_indices = normalise_indices(out_indices, len(strides))
+            self.pyramid_blocks = self._pyramid_blocks(pyramid_blocks, len(strides))
             levels = [PyramidLevel(dim, stride=stride, target=target, width=pyramid_dim) for target in strides]
             info = [
                 {'num_chs': level.dim, 'reduction': target, 'module': f'pyramid.{i}'}
@@ -129,6 +133,16 @@ class Plain(Backbone):
             self.pyramid = nn.ModuleDict({str(i): levels[i] for i in self.out_indices})
             self.absent_keys = tuple(f'pyramid.{i}.' for i in range(len(strides)) if i not in self.out_indices)
         self.feature_info = FeatureInfo(info, self.out_indices)
+
+    def _pyramid_blocks(self, blocks: Sequence[int] | None, levels: int) -> tuple[int, ...]:
+        depth = len(self.blocks)
+        if blocks is None:
+            return (depth - 1,) * levels
+        if len(blocks) != levels or any(not isinstance(i, int) or not -depth <= i < depth for i in blocks):
+            raise ValueError(
+                f'pyramid_blocks must be {levels} blocks, one for each level, from 0 to {depth - 1}, got {blocks}'
+            )
+        return tuple(i % depth for i in blocks)
 
     # ---- forward
 
@@ -147,9 +161,13 @@ class Plain(Backbone):
             return self.forward_head(self.finish(self._read_by_head(*self.embed(x))))
         height, width = x.shape[-2:]
         tokens, grid = self.embed(x)
-        patches = self.to_map(self.run_blocks(tokens, grid)[0], grid)
+        end = len(self.blocks) - 1
+        read = {self.pyramid_blocks[i] for i in self.out_indices}
+        early = sorted(read - {end})
+        tokens, kept = self.run_blocks(tokens, grid, early, None if end in read else early[-1])
+        maps = {block: self.to_map(out, grid) for block, out in zip((*early, end), (*kept, tokens))}
         return [
-            to_first(self.pyramid[str(i)](patches, (ceil_div(height, s), ceil_div(width, s))))
+            to_first(self.pyramid[str(i)](maps[self.pyramid_blocks[i]], (ceil_div(height, s), ceil_div(width, s))))
             for i, s in zip(self.out_indices, self.feature_info.reduction())
         ]
 

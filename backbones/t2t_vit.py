@@ -157,6 +157,7 @@ class T2TViT(Plain):
         window_size: side of the windows that patches attend within, for large images in dense form; None for none.
         global_blocks: blocks without windows, four evenly spaced ones if None.
         pyramid_dim: channels of the dense form's maps for heads without a neck, see `Plain.assemble`.
+        pyramid_blocks: blocks that the dense form's maps are read from, see `Plain.assemble`.
         img_size: height and width that positions are made for, 224 if None.
         The others: see `Plain.assemble`.
     """
@@ -178,6 +179,7 @@ class T2TViT(Plain):
         window_size: int | None = None,
         global_blocks: Sequence[int] | None = None,
         pyramid_dim: int | None = None,
+        pyramid_blocks: Sequence[int] | None = None,
         drop_path_rate: float = 0.0,
         drop_rate: float = 0.0,
         in_chans: int = 3,
@@ -222,6 +224,7 @@ class T2TViT(Plain):
             norm=make_norm,
             pooling='token',
             pyramid_dim=pyramid_dim,
+            pyramid_blocks=pyramid_blocks,
             in_chans=in_chans,
             num_classes=num_classes,
             drop_rate=drop_rate,

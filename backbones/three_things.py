@@ -118,8 +118,8 @@ class ParallelViT(Plain):
         num_heads: attention heads.
         patch_size: pixels of a patch's side, and their stride.
         stem: 'linear' or 'hmlp' (patches of 16).
-        mlp_ratio, qkv_bias, token_mixer, norm, layer_scale, window_size, global_blocks, pyramid_dim, img_size: as in
-            `DeiT`.
+        mlp_ratio, qkv_bias, token_mixer, norm, layer_scale, window_size, global_blocks, pyramid_dim, pyramid_blocks,
+            img_size: as in `DeiT`.
         The others: see `Plain.assemble`.
     """
 
@@ -142,6 +142,7 @@ class ParallelViT(Plain):
         window_size: int | None = None,
         global_blocks: Sequence[int] | None = None,
         pyramid_dim: int | None = None,
+        pyramid_blocks: Sequence[int] | None = None,
         drop_path_rate: float = 0.0,
         drop_rate: float = 0.0,
         in_chans: int = 3,
@@ -175,6 +176,7 @@ class ParallelViT(Plain):
             norm=make_norm,
             pooling='token',
             pyramid_dim=pyramid_dim,
+            pyramid_blocks=pyramid_blocks,
             in_chans=in_chans,
             num_classes=num_classes,
             drop_rate=drop_rate,

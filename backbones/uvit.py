@@ -95,6 +95,7 @@ class UViT(Plain):
         norm: normalisation throughout, by name.
         window_parts: for each block, the number of windows along each side of the map; None attends to all tokens.
         pyramid_dim: channels of the dense form's maps for heads without a neck, see `Plain.assemble`.
+        pyramid_blocks: blocks that the dense form's maps are read from, see `Plain.assemble`.
         img_size: height and width that positions are made for, 224 if None.
         The others: see `Plain.assemble`.
     """
@@ -120,6 +121,7 @@ class UViT(Plain):
         norm: str = 'layer',
         window_parts: Sequence[int] | None = None,
         pyramid_dim: int | None = None,
+        pyramid_blocks: Sequence[int] | None = None,
         drop_path_rate: float = 0.0,
         drop_rate: float = 0.0,
         in_chans: int = 3,
@@ -153,6 +155,7 @@ class UViT(Plain):
             norm=make_norm,
             pooling='avg',
             pyramid_dim=pyramid_dim,
+            pyramid_blocks=pyramid_blocks,
             in_chans=in_chans,
             num_classes=num_classes,
             drop_rate=drop_rate,

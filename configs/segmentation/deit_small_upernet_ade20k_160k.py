@@ -17,6 +17,7 @@ model = dict(
         pretrained=True,
         features_only=True,
         drop_path_rate=0.1,
+        pyramid_blocks=(3, 5, 7, 11),
     ),
     head=dict(type=UPerNet, num_classes=150, channels=512),
     auxiliary=dict(fcn=dict(type=FCN, num_classes=150, channels=256, loss_weight=0.4)),

@@ -106,6 +106,31 @@ def test_pyramids_of_other_patches(patch_size, pyramid_dim):
     assert pyramid_dim is None or set(model.feature_info.channels()) == {pyramid_dim}
 
 
+@torch.no_grad()
+@pytest.mark.parametrize('blocks', [(0, 1, 1, 2), (-3, -3, 0, 1)])
+@pytest.mark.parametrize('reduction', [None, {'type': 'tome', 'r': 2}])
+def test_levels_of_the_pyramid_from_several_blocks(blocks, reduction):
+    """Each level is made from the map after its block; alone too, and without the blocks that nothing reads."""
+    options = {'features_only': True, 'reduction': reduction}
+    model, x = small(**options, pyramid_blocks=blocks), image(50, 70)
+    maps, found = model(x), model.forward_intermediates(x, intermediates_only=True)
+    for i, level in enumerate(maps):
+        expected = model.pyramid[str(i)](found[blocks[i]].permute(0, 2, 3, 1), level.shape[2:])
+        torch.testing.assert_close(level, expected.permute(0, 3, 1, 2), rtol=1e-5, atol=1e-5)
+    alone = small(**options, pyramid_blocks=blocks, out_indices=(1,))
+    alone.load_state_dict(model.state_dict(), strict=False)
+    torch.testing.assert_close(alone(x)[0], maps[1])
+    last = small(**options, pyramid_blocks=(2, -1, 2, 2))
+    for ours, theirs in zip(last(x), small(**options)(x), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_blocks_of_the_pyramid_that_are_none():
+    for blocks in ((0, 1, 2), (0, 1, 2, 3), (0, 1, 2, 'last')):
+        with pytest.raises(ValueError, match=r'pyramid_blocks must be 4 blocks, one for each level, from 0 to 2, got '):
+            small(features_only=True, pyramid_blocks=blocks)
+
+
 def test_strides_that_do_not_fit():
     with pytest.raises(ValueError, match='even number of pixels, got 7'):
         pyramid_strides(7)
