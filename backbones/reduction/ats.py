@@ -164,5 +164,5 @@ def _fixed(x: Tensor) -> bool:
 def _compact(order: Tensor, kept: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """The first `length` of (B, L) patches with those kept ahead, in their order, and which of them are kept."""
     position = torch.arange(order.shape[1], device=order.device)
-    first = falling(kept * float(order.shape[1]) - position)[:, :length]
+    first = falling(torch.where(kept, order.shape[1] - position, -position).float())[:, :length]
     return order.gather(1, first), kept.gather(1, first)

@@ -178,7 +178,6 @@ class Reduction(nn.Module):
     """
 
     method: ClassVar[str]
-    one_size_per_graph: ClassVar[bool] = True  # how many tokens leave follows from the image's size: see deploy.export
     defaults: ClassVar[dict[str, Any]] = {'r': 8}  # the schedule of a caller who states none
     first_layer: ClassVar[int] = 0  # blocks before it do not reduce unless the caller says so
     least: ClassVar[int] = 0  # tokens that stay whatever the schedule says
@@ -244,6 +243,11 @@ class Reduction(nn.Module):
         return {}
 
     # ---- what the methods share
+
+    @property
+    def one_size_per_graph(self) -> bool:
+        """Whether how many tokens leave follows from the image's size, so that no graph is of every size."""
+        return any(self.schedule.amounts)
 
     def plain_step(self, tokens: Tokens, block: Block) -> Tokens:
         """A block without reduction."""

@@ -87,8 +87,16 @@ def test_onnx_and_engine_equal_eager(key, features_only, tmp_path):
     assert build_engine(path, tmp_path / 'model.engine', batch=(1, 2, 4))['layers'] > 5
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('key', ['ats', 'stvit', 'stvit_r', 'sparsifiner', 'sparsifiner_blocks'])
+@pytest.mark.parametrize(
+    'key',
+    [
+        'ats',
+        *(
+            pytest.param(key, marks=pytest.mark.slow)
+            for key in ('stvit', 'stvit_r', 'sparsifiner', 'sparsifiner_blocks')
+        ),
+    ],
+)
 @torch.no_grad()
 def test_exports_with_dynamic_size(key):
     model = reduced_by(key, features_only=True)
