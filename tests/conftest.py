@@ -6,6 +6,10 @@ from typing import Any
 if 'PYTEST_XDIST_WORKER' in os.environ:
     # Two workers of one thread each are faster than two that fight for the cores; torch reads it when it is imported.
     os.environ.setdefault('OMP_NUM_THREADS', '1')
+else:
+    # In a fresh environment yapf, which mmengine imports, writes its grammar to a cache: one worker could read what the
+    # other has half written.
+    import mmengine.config  # noqa: F401
 
 
 def pytest_make_parametrize_id(config: Any, val: Any, argname: str) -> str | None:
