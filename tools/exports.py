@@ -101,10 +101,12 @@ class Trial:
         return f'yes, {report["bytes"] / 2**20:.1f} MiB'
 
     def dynamic_size(self, sizes: Sequence[tuple[int, int]] = ((197, 133), (64, 96))) -> str:
-        example = self.images if min(self.images.shape[-2:]) > 64 else self.images.repeat(1, 1, 2, 2)
+        smallest = int(getattr(self.model, 'min_dynamic_size', 33))
+        # of more than 64 pixels, maps of the last stage have more than one row
+        copies = -(-max(65, smallest) // min(self.images.shape[-2:]))
+        example = self.images.repeat(1, 1, copies, copies)
         path = export_onnx(self.model, example, self.folder / 'any.onnx', outputs=self.outputs, dynamic_size=True)
         generator = torch.Generator().manual_seed(3)
-        smallest = int(getattr(self.model, 'min_dynamic_size', 33))
         worst = [
             self._within(path, torch.randn(3, 3, *(max(side, smallest) for side in size), generator=generator))
             for size in sizes
