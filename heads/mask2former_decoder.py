@@ -170,7 +170,7 @@ class MaskedDecoder(nn.Module):
             start = self.query_feat.weight.expand(mask_features.shape[0], -1, -1)
         query, seeds = start, None
         if self.seeds is not None:
-            seeds = self.seeds(levels[1], mask_features.shape[-2:], self.classify, task)
+            seeds = self.seeds(levels[1], positions[1], mask_features.shape[-2:], self.classify, task)
             place = torch.cat([place.expand(query.shape[0], -1, -1), seeds.place], 1)
             query = torch.cat([query, seeds.query], 1)
         classes, masks = [], []

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .detection import pick
-from .transformer import sine_positions
 
 # B batch, G seeds, C width, K classes, h w cells of the map, H W those of masks
 
@@ -46,20 +45,26 @@ class SeedQueries(nn.Module):
         self.rate = nn.Linear(channels, 1)
         nn.init.xavier_uniform_(self.proj.weight)
         nn.init.zeros_(self.rate.weight)
-        nn.init.constant_(self.rate.bias, -0.4)  # a rate of 0.5: half as likely a cell and more away
+        nn.init.constant_(self.rate.bias, -0.4)  # a rate of 0.5: the odds fall to 0.6 one cell away, to 0.1 two
 
     def forward(
-        self, cells: Tensor, size: Sequence[int], classify: Callable[[Tensor], Tensor], told: Tensor | None = None
+        self,
+        cells: Tensor,
+        position: Tensor,
+        size: Sequence[int],
+        classify: Callable[[Tensor], Tensor],
+        told: Tensor | None = None,
     ) -> Seeds:
         """The seeds of a map.
 
         Args:
             cells: (B, C, h, w).
+            position: (1, h w, C), of the cells.
             size: of the masks.
             classify: queries (B, N, C) -> logits (B, N, K + 1), no object last.
             told: (B, 1, C), added to every seed: the task.
         """
-        B, C, h, w = cells.shape
+        B, _, h, w = cells.shape
         query = self.norm(self.proj(cells.flatten(2).transpose(1, 2)))
         if told is not None:
             query = query + told
@@ -67,13 +72,13 @@ class SeedQueries(nn.Module):
             score = classify(query).softmax(-1)[..., self.classes].amax(-1).view(B, 1, h, w)
             peak = score >= F.max_pool2d(score, 3, stride=1, padding=1)
             index = (score + peak.to(score.dtype)).flatten(1).topk(min(self.number, h * w), 1).indices
-        position = sine_positions(h, w, C, None, cells.device).to(query.dtype)
         centre = torch.stack([index // w, index % w], -1).to(query.dtype)
         away = []
         for axis, (length, count) in enumerate(zip(size, (h, w))):
             line = (torch.arange(length, device=cells.device) + 0.5) * (count / length) - 0.5
             away.append((line.to(query.dtype) - centre[..., axis, None]).square())
-        return Seeds(pick(query, index), pick(position.expand(B, -1, -1), index), (away[0], away[1]))
+        place = pick(position.to(query.dtype).expand(B, -1, -1), index)
+        return Seeds(pick(query, index), place, (away[0], away[1]))
 
     def keep_near(self, masks: Tensor, query: Tensor, seeds: Seeds) -> Tensor:
         """Logits of masks (B, Q + G, H, W), those of seeds less their rate times the squared distance.
