@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .backbone import rename
 from .layers import ACTIVATIONS, ConvDownsample, Mlp, build_token_mixer, drop_path_schedule, norm_factory
+from .layers.linear import Linear
 from .layers.lookup import choose
 from .layers.norm import NormFactory
 from .layers.token_attention import TOKEN_MIXERS
@@ -40,9 +41,9 @@ class GatedUnit(nn.Module):
     def __init__(self, *, dim: int, mlp_ratio: float = 2.0, act: str = 'gelu'):
         super().__init__()
         hidden = int(dim * mlp_ratio)
-        self.proj_1 = nn.Linear(dim, hidden)
-        self.proj_2 = nn.Linear(dim, hidden)
-        self.proj_3 = nn.Linear(hidden, dim)
+        self.proj_1 = Linear(dim, hidden)
+        self.proj_2 = Linear(dim, hidden)
+        self.proj_3 = Linear(hidden, dim)
         self.act = choose('act', act, ACTIVATIONS)()
         self.norm = nn.LayerNorm(hidden)
 

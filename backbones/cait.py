@@ -18,6 +18,7 @@ from .backbone import rename
 from .deit import ORIGIN, RENAMES, URL, DeiT
 from .layers import Mlp, Scale, TokenBlock, build_token_mixer, norm_factory
 from .layers.grid import grid_of
+from .layers.linear import Linear
 from .layers.norm import NormFactory
 from .layers.patches import build_stem
 from .layers.positions import PositionTable
@@ -41,10 +42,10 @@ class TalkingHeads(HeadSplit):
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f'num_heads must divide dim, got {num_heads=}, {dim=}')
         self.num_heads, self.scale = num_heads, (dim // num_heads) ** -0.5
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj_l = nn.Linear(num_heads, num_heads)
-        self.proj_w = nn.Linear(num_heads, num_heads)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj_l = Linear(num_heads, num_heads)
+        self.proj_w = Linear(num_heads, num_heads)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, grid: tuple[int, int], bias: Tensor | None = None) -> Tensor:
         """`bias` (broadcast to (B, h, N, N)) is added before the softmax, as logarithms of merged tokens' sizes are."""
@@ -83,10 +84,10 @@ class ClassAttention(nn.Module):
     def __init__(self, *, dim: int, num_heads: int, qkv_bias: bool = True):
         super().__init__()
         self.num_heads = num_heads
-        self.q = nn.Linear(dim, dim, bias=qkv_bias)
-        self.k = nn.Linear(dim, dim, bias=qkv_bias)
-        self.v = nn.Linear(dim, dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim, bias=qkv_bias)
+        self.k = Linear(dim, dim, bias=qkv_bias)
+        self.v = Linear(dim, dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         B, _, C = x.shape

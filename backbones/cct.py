@@ -19,6 +19,7 @@ from .backbone import rename
 from .layers import ConvDownsample, Mlp, TokenBlock, build_token_mixer, drop_path_schedule, norm_factory
 from .layers.fold_norm import fold_into_next
 from .layers.grid import grid_of, to_last
+from .layers.linear import Linear
 from .layers.lookup import nearest
 from .layers.positions import PositionTable
 from .layers.scale import fold_scale
@@ -189,7 +190,7 @@ class CCT(Plain):
             out_indices=out_indices,
         )
         if pooling == 'seq' and not features_only:
-            self.attention_pool = nn.Linear(dim, 1)
+            self.attention_pool = Linear(dim, 1)
         self.apply(self.init_weights)
         if table is not None and positions == 'sine':
             table.table.data = sinusoids(table.table.shape[1], dim)

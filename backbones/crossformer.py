@@ -19,6 +19,7 @@ from ..kernels import window_attention
 from .layers import MetaFormerBlock, Mlp, build_mixer, drop_path_schedule, mixer, norm_factory
 from .layers.dynamic_position_bias import DynamicPositionBias
 from .layers.grid import grid_of, pad_bottom_right, to_first, to_last
+from .layers.linear import Linear
 from .layers.norm import NormFactory
 from .registry import register, weights
 from .skeleton import Hierarchical, check_stages, per_stage, rename
@@ -94,8 +95,8 @@ class GroupAttention(nn.Module):
         self.span_small_maps = span_small_maps
         reach = 4 * group_size if span_small_maps else group_size  # small maps up to four times as long as wide
         self.pos = DynamicPositionBias(dim, num_heads, window=group_size, reach=reach)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width, interval = self.group(*x.shape[1:3])

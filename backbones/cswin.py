@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..kernels import window_attention
 from .layers import ConvDownsample, MetaFormerBlock, Mlp, build_mixer, drop_path_schedule, mixer, norm_factory
 from .layers.grid import ceil_div, grid_of, to_first
+from .layers.linear import Linear
 from .registry import register, weights
 from .skeleton import Hierarchical, check_stages, per_stage, rename
 
@@ -131,13 +132,13 @@ class CrossShapedAttention(nn.Module):
         if split_size is not None and split_size < 1:
             raise ValueError(f'split_size must be positive, or None for the whole map, got {split_size=}')
         attend = partial(StripeAttention, dim // branches, num_heads // branches)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
+        self.qkv = Linear(dim, 3 * dim, bias=bias)
         self.attns = nn.ModuleList(
             [attend(height=None, width=None)]
             if split_size is None
             else [attend(height=None, width=split_size), attend(height=split_size, width=None)]
         )
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x)

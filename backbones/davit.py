@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..kernels import window_attention
 from .layers import ConvDownsample, Mlp, drop_path_schedule, mixer, norm_factory
 from .layers.grid import to_first
+from .layers.linear import Linear
 from .layers.norm import NormFactory
 from .registry import register, weights
 from .skeleton import Hierarchical, check_stages, per_stage
@@ -44,8 +45,8 @@ class WindowAttention(nn.Module):
         if window_size < 1:
             raise ValueError(f'window_size must be positive, got {window_size=}')
         self.num_heads, self.window_size = heads_for(dim, num_heads), window_size
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x)
@@ -63,8 +64,8 @@ class ChannelAttention(nn.Module):
     def __init__(self, *, dim: int, num_heads: int | None = None, qkv_bias: bool = True):
         super().__init__()
         self.num_heads = heads_for(dim, num_heads)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         B, H, W, C = x.shape

@@ -20,6 +20,7 @@ from .backbone import rename
 from .layers import Mlp, TokenBlock, build_token_mixer, drop_path_schedule, norm_factory
 from .layers.grid import grid_of
 from .layers.heads import HeadFactory
+from .layers.linear import Linear
 from .layers.patches import build_stem
 from .layers.path_ensemble import PathEnsemble
 from .layers.positions import PositionTable
@@ -42,8 +43,8 @@ class DistilledHead(nn.Module):
     def __init__(self, dim: int, num_classes: int, drop_rate: float):
         super().__init__()
         self.drop_rate, self.hidden_size, self.pair = drop_rate, dim, False
-        self.fc = nn.Linear(dim, num_classes)
-        self.fc_dist = nn.Linear(dim, num_classes)
+        self.fc = Linear(dim, num_classes)
+        self.fc_dist = Linear(dim, num_classes)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Any:
         if pre_logits:

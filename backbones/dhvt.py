@@ -20,6 +20,7 @@ from .backbone import rename
 from .layers import TokenAttention, drop_path_schedule, norm_factory
 from .layers.conv import ConvNorm
 from .layers.grid import to_first, to_last
+from .layers.linear import Linear
 from .layers.norm import NormFactory
 from .plain import Plain, block_windows, check_plain
 from .registry import register, weights
@@ -104,7 +105,7 @@ class HeadInteractingAttention(TokenAttention):
         )
         self.first_linears = ()
         self.pos_embed = nn.Parameter(torch.zeros(1, num_heads, dim))
-        self.ht_proj = nn.Linear(dim // num_heads, dim)
+        self.ht_proj = Linear(dim // num_heads, dim)
         self.ht_norm = nn.LayerNorm(dim // num_heads)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
@@ -140,8 +141,8 @@ class DynamicFeedForward(nn.Module):
         self.conv1 = ConvNorm(dim, hidden, bias=True, act='gelu')
         self.conv2 = ConvNorm(hidden, hidden, kernel=3, groups=hidden, bias=True, act='gelu')
         self.conv3 = ConvNorm(hidden, dim, bias=True)
-        self.compress = nn.Linear(dim, dim // 4) if aggregate else None
-        self.excitation = nn.Linear(dim // 4, dim) if aggregate else None
+        self.compress = Linear(dim, dim // 4) if aggregate else None
+        self.excitation = Linear(dim // 4, dim) if aggregate else None
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         maps = self.conv1(to_first(x[:, 1:].unflatten(1, grid)))

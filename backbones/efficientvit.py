@@ -22,6 +22,7 @@ from ..kernels import relu_linear_attention
 from .layers import ACTIVATIONS, drop_path_schedule, mixer
 from .layers.conv import ConvNorm
 from .layers.grid import to_first, to_last
+from .layers.linear import Linear
 from .layers.lookup import choose
 from .registry import register, weights
 from .skeleton import Hierarchical, check_stages, per_stage
@@ -188,11 +189,11 @@ class EfficientViTHead(nn.Module):
         super().__init__()
         self.hidden_size = widths[1]
         self.conv = ConvNorm(dim, widths[0], act=act, eps=eps)
-        self.linear = nn.Linear(widths[0], widths[1], bias=False)
+        self.linear = Linear(widths[0], widths[1], bias=False)
         self.norm = nn.LayerNorm(widths[1], eps=eps)
         self.act = choose('act', act, ACTIVATIONS)()
         self.drop = nn.Dropout(drop_rate)
-        self.fc = nn.Linear(widths[1], num_classes)
+        self.fc = Linear(widths[1], num_classes)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.act(self.norm(self.linear(self.conv(x).mean((2, 3)))))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import global_filter, resample_filter
+from ..kernels import global_filter, linear, resample_filter
 from .layers import (
     ConvDownsample,
     LayerNorm,
@@ -25,6 +25,7 @@ from .layers import (
     norm_factory,
 )
 from .layers.grid import ceil_div, to_first
+from .layers.linear import Linear
 from .registry import register, weights
 from .sizes import Resampled
 from .skeleton import Hierarchical, check_stages, per_stage, rename
@@ -107,24 +108,24 @@ class GnConv(nn.Module):
             raise ValueError(f'gnconv of order n needs a multiple of 2^(n - 1) channels, got {order=}, {dim=}')
         self.widths = [dim // 2**i for i in reversed(range(order))]
         mixed = sum(self.widths)
-        self.proj_in = nn.Linear(dim, self.widths[0] + mixed)
+        self.proj_in = Linear(dim, self.widths[0] + mixed)
         self.dwconv = (
             GlobalLocalFilter(mixed, grid=grid or (14, 14), scale=scale)
             if filters
             else DepthwiseConv(mixed, scale=scale)
         )
-        self.pws = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(self.widths))
-        self.proj_out = nn.Linear(dim, dim)
+        self.pws = nn.ModuleList(Linear(a, b) for a, b in itertools.pairwise(self.widths))
+        self.proj_out = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         first = self.widths[0]
         weight, bias = self.proj_in.weight, self.proj_in.bias
         # two products, so that the map to mix is contiguous
-        gate, mixed = F.linear(x, weight[:first], bias[:first]), F.linear(x, weight[first:], bias[first:])
+        gate, mixed = linear(x, weight[:first], bias[:first]), linear(x, weight[first:], bias[first:])
         factors = self.dwconv(mixed).split(self.widths, -1)
         out = gate * factors[0]
-        for linear, factor in zip(self.pws, factors[1:]):
-            out = linear(out) * factor
+        for widen, factor in zip(self.pws, factors[1:]):
+            out = widen(out) * factor
         return self.proj_out(out)
 
 

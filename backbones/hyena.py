@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..kernels import long_convolution
 from .layers import mixer
 from .layers.grid import to_first
+from .layers.linear import Linear
 from .layers.lookup import choose
 from .registry import register, weights
 from .swin import Swin
@@ -49,13 +50,13 @@ class FilterNetwork(nn.Sequential):
     def __init__(self, inputs: int, width: int, dim: int):
         act = Sine(width)
         super().__init__(
-            nn.Linear(inputs, width),
+            Linear(inputs, width),
             act,
-            nn.Linear(width, width),
+            Linear(width, width),
             act,
-            nn.Linear(width, width),
+            Linear(width, width),
             act,
-            nn.Linear(width, dim, bias=False),
+            Linear(width, dim, bias=False),
         )
 
 
@@ -131,12 +132,12 @@ class Hyena(nn.Module):
         height, width = grid if grid is not None else (14, 14)
         grid = max(height, 2), max(width, 2)
         self.direction = direction
-        self.in_proj = nn.Linear(dim, 3 * dim)
+        self.in_proj = Linear(dim, 3 * dim)
         self.short_filter = nn.Conv2d(3 * dim, 3 * dim, 3, padding=1, groups=3 * dim)
         self.filter = ImplicitFilter(dim, grid=grid, width=filter_width, kind=filters)
         self.bias = nn.Parameter(torch.randn(dim))
-        self.linear_mix = nn.Linear(4, 1) if direction == 'four' else None
-        self.out_proj = nn.Linear(dim, dim)
+        self.linear_mix = Linear(4, 1) if direction == 'four' else None
+        self.out_proj = Linear(dim, dim)
         self.scale = 0.5 / math.sqrt(grid[0] * grid[1])  # the authors' transform divides by its size, twice the map's
 
     def forward(self, x: Tensor) -> Tensor:

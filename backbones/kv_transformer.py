@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .backbone import rename
 from .layers import ConvDownsample, Mlp, TokenAttention, TokenBlock, build_token_mixer, drop_path_schedule, norm_factory
 from .layers.grid import grid_of
+from .layers.linear import Linear
 from .layers.positions import PositionTable
 from .layers.token_attention import TOKEN_MIXERS
 from .plain import Plain, block_windows, check_plain
@@ -33,7 +34,7 @@ class SharedKeys(nn.Module):
 
     def __init__(self, dim: int, bias: bool):
         super().__init__()
-        self.kv = nn.Linear(dim, 2 * dim, bias=bias)
+        self.kv = Linear(dim, 2 * dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         kv = self.kv(x)
@@ -82,7 +83,7 @@ class KeyValueAttention(TokenAttention):
             raise ValueError(f'windows take no positions, got {positional=}, {window_size=}')
         self.qkv = SharedKeys(dim, qkv_bias)  # type: ignore[assignment]
         self.first_linears = ('qkv.kv',) if gate is None else ()
-        self.map_pos = nn.Linear(_ROWS + _COLUMNS, 1) if positional else None
+        self.map_pos = Linear(_ROWS + _COLUMNS, 1) if positional else None
         if self.map_pos is not None:
             self.map_pos.bias.requires_grad_(False)  # without effect, see above; kept for weights of the author's code
 
@@ -124,9 +125,9 @@ class GeluHead(nn.Module):
     def __init__(self, dim: int, num_classes: int, drop_rate: float, *, hidden: int):
         super().__init__()
         self.hidden_size = hidden
-        self.fc1 = nn.Linear(dim, hidden)
+        self.fc1 = Linear(dim, hidden)
         self.drop = nn.Dropout(drop_rate)
-        self.fc2 = nn.Linear(hidden, num_classes)
+        self.fc2 = Linear(hidden, num_classes)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = F.gelu(self.fc1(x))

@@ -27,6 +27,7 @@ from .layers import (
 )
 from .layers.deform import DeformableMerging
 from .layers.grid import grid_of
+from .layers.linear import Linear
 from .layers.lookup import choose
 from .layers.norm import NormFactory
 from .pvt_v2 import resolve_heads
@@ -71,8 +72,8 @@ class RelativeAttention(nn.Module):
         self.grid = grid if grid is not None else (14, 14)
         rows, cols = (2 * n - 1 for n in self.grid)
         self.relative_position_bias_table = nn.Parameter(torch.empty(rows * cols, self.num_heads))
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from ..kernels import hilo_attention, window_attention
 from .layers import ConvDownsample, ConvMlp, mixer, norm_factory
 from .layers.deform import DeformableMerging
 from .layers.grid import grid_of, pad_bottom_right, to_first
+from .layers.linear import Linear
 from .layers.lookup import choose
 from .lit import MergingPyramid, build_stages
 from .pvt_v2 import resolve_heads
@@ -64,12 +65,12 @@ class HiLo(nn.Module):
         self.h_heads = heads - self.l_heads
         low, high = self.l_heads * dim // heads, self.h_heads * dim // heads
         if low:
-            self.l_q = nn.Linear(dim, low, bias=qkv_bias)
-            self.l_kv = nn.Linear(dim, 2 * low, bias=qkv_bias)
-            self.l_proj = nn.Linear(low, low)
+            self.l_q = Linear(dim, low, bias=qkv_bias)
+            self.l_kv = Linear(dim, 2 * low, bias=qkv_bias)
+            self.l_proj = Linear(low, low)
         if high:
-            self.h_qkv = nn.Linear(dim, 3 * high, bias=qkv_bias)
-            self.h_proj = nn.Linear(high, high)
+            self.h_qkv = Linear(dim, 3 * high, bias=qkv_bias)
+            self.h_proj = Linear(high, high)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.h_heads:

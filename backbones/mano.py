@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..kernels import window_attention
 from .layers import RelativePositionBias, mixer
 from .layers.grid import pad_bottom_right, to_first, to_last
+from .layers.linear import Linear
 from .registry import register, weights
 from .swin import Swin
 
@@ -58,9 +59,9 @@ class MultipoleAttention(nn.Module):
         if levels < 1 or window_size < 1:
             raise ValueError(f'levels and window_size must be positive, got {levels=}, {window_size=}')
         self.window_size, self.levels = window_size, levels
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.position_bias = RelativePositionBias(window_size, self.num_heads)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         if levels > 1:
             self.down = nn.Conv2d(dim, dim, 2, 2, bias=False)
             self.up = nn.ConvTranspose2d(dim, dim, 2, 2, bias=False)

@@ -18,6 +18,7 @@ from ..kernels import average_pool
 from .layers import ConvDownsample, ConvMlp, MetaFormerBlock, build_mixer, drop_path_schedule, mixer, norm_factory
 from .layers.fold_norm import fold_into_previous
 from .layers.grid import to_first
+from .layers.linear import Linear
 from .layers.norm import NormFactory
 from .registry import register, weights
 from .skeleton import Hierarchical, check_stages, per_stage, rename
@@ -66,12 +67,12 @@ class SpatialReductionAttention(nn.Module):
             raise ValueError(f'sr_ratio and pool_size must be positive, got {sr_ratio=}, {pool_size=}')
         self.num_heads = resolve_heads(dim, num_heads)
         self.sr_ratio, self.pool_size = sr_ratio, pool_size
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim)
+        self.kv = Linear(dim, 2 * dim)
+        self.proj = Linear(dim, dim)
         make_norm = norm_factory(norm) if isinstance(norm, str) else norm
         if pool_size is not None:
-            self.sr: nn.Module = nn.Linear(dim, dim)
+            self.sr: nn.Module = Linear(dim, dim)
             self.norm = make_norm(dim)
         elif sr_ratio > 1:
             self.sr = nn.Conv2d(dim, dim, sr_ratio, sr_ratio)

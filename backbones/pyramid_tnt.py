@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..kernels.precision import full_precision
 from .layers import Mlp, drop_path_schedule, norm_factory
 from .layers.grid import ceil_div, grid_of, pad_bottom_right, padded, to_first, to_last
+from .layers.linear import Linear
 from .layers.norm import NormFactory
 from .layers.positions import PositionTable
 from .layers.resize import resize_matrix, same_size
@@ -108,11 +109,11 @@ class ReducedAttention(nn.Module):
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f'num_heads must divide dim, got {num_heads=}, {dim=}')
         self.num_heads, self.sr_ratio = num_heads, sr_ratio
-        self.q = nn.Linear(dim, dim, bias=False)
-        self.kv = nn.Linear(dim, 2 * dim, bias=False)
-        self.proj = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim, bias=False)
+        self.kv = Linear(dim, 2 * dim, bias=False)
+        self.proj = Linear(dim, dim)
         if sr_ratio > 1:
-            self.linear = nn.Linear(dim, dim)
+            self.linear = Linear(dim, dim)
             self.norm = norm(dim)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -137,7 +138,7 @@ class InnerPart(nn.Module):
         self.inner_norm2 = norm(WORDS * inner_dim)
         self.inner_mlp = Mlp(dim=inner_dim, ratio=mlp_ratio)
         self.proj_norm1 = norm(WORDS * inner_dim)
-        self.proj = nn.Linear(WORDS * inner_dim, dim, bias=False)
+        self.proj = Linear(WORDS * inner_dim, dim, bias=False)
         self.proj_norm2 = norm(dim)
 
     def forward(self, words: Tensor, drop_path: nn.Module) -> tuple[Tensor, Tensor]:

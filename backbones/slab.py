@@ -20,6 +20,7 @@ from .cswin import CrossShapedAttention, StripeAttention
 from .layers import mixer, norm_factory
 from .layers.fold_norm import fold_into_previous
 from .layers.grid import ceil_div, to_first
+from .layers.linear import Linear
 from .layers.norm import NormFactory
 from .layers.resize import same_size
 from .pvt_v2 import resolve_heads
@@ -126,8 +127,8 @@ class SimplifiedLinearAttention(nn.Module):
         self.num_heads = resolve_heads(dim, num_heads)
         self.window_size, self.shift, self.always_shift = window_size, shift, always_shift
         self.grid = (window_size, window_size) if window_size is not None else grid or _GRID
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
         self.dwc = HeadwiseConv(dim // self.num_heads, kernel)
         self.positional_encoding = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1], dim))
         self.register_buffer('outside', None)  # q, k and v of padding, where they are not the bias: see fold_into_next
@@ -209,9 +210,9 @@ class ReducedLinearAttention(nn.Module):
         self.num_heads, self.sr_ratio = resolve_heads(dim, num_heads), sr_ratio
         height, width = grid or _GRID
         self.grid = ceil_div(height, sr_ratio), ceil_div(width, sr_ratio)
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim)
+        self.kv = Linear(dim, 2 * dim)
+        self.proj = Linear(dim, dim)
         if sr_ratio > 1:
             self.sr = nn.Conv2d(dim, dim, sr_ratio, sr_ratio)
             self.norm = norm_factory(norm)(dim) if isinstance(norm, str) else norm(dim)

@@ -30,6 +30,7 @@ from .layers import (
 )
 from .layers.grid import grid_of, to_last
 from .layers.heads import NoHead
+from .layers.linear import Linear
 from .layers.norm import NormFactory
 from .registry import register, weights
 from .sizes import Resampled
@@ -46,9 +47,9 @@ class Attention(nn.Module):
         self.num_heads = max(dim // 32, 1) if num_heads is None else num_heads
         if self.num_heads < 1 or dim % self.num_heads:
             raise ValueError(f'num_heads must divide the channels, got {num_heads=}, {dim=}')
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim)
+        self.kv = Linear(dim, 2 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         B, H, W, C = x.shape
@@ -110,8 +111,8 @@ class TokenLabelHead(nn.Module):
         super().__init__()
         self.hidden_size = dim
         self.drop = nn.Dropout(drop_rate)
-        self.cls = nn.Linear(dim, num_classes)
-        self.aux = nn.Linear(dim, num_classes) if token_label else None
+        self.cls = Linear(dim, num_classes)
+        self.aux = Linear(dim, num_classes) if token_label else None
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Of (B, 1 + N, C), the class token first."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .layers import Mlp, drop_path_schedule, norm_factory
 from .layers.fold_norm import fold_into_previous
 from .layers.grid import ceil_div, grid_of, to_first, to_last
+from .layers.linear import Linear
 from .layers.lookup import choose
 from .layers.norm import NormFactory
 from .layers.positions import PositionTable
@@ -47,8 +48,8 @@ class SlicedAttention(nn.Module):
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f'num_heads must divide dim, got {num_heads=}, {dim=}')
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, slices: int = 1, permuted: bool = False) -> Tensor:
         if slices == 1:

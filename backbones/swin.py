@@ -29,6 +29,7 @@ from .layers import (
 )
 from .layers.fold_norm import fold_into_next
 from .layers.grid import grid_of, pad_bottom_right, to_first, to_last
+from .layers.linear import Linear
 from .layers.norm import NormFactory
 from .registry import register, weights
 from .skeleton import Hierarchical, check_stages, per_stage, rename
@@ -71,9 +72,9 @@ class WindowAttention(nn.Module):
         if not 0 <= shift < window_size:
             raise ValueError(f'shift must be from 0 to window_size - 1, got {shift=}, {window_size=}')
         self.window_size, self.shift, self.always_shift = window_size, shift, always_shift
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.position_bias = RelativePositionBias(window_size, self.num_heads)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         self.register_buffer('outside', None)  # q, k and v of padding, where they are not the bias: see fold_into_next
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ class PatchMerging(nn.Module):
     def __init__(self, in_dim: int, dim: int, *, norm: NormFactory):
         super().__init__()
         self.norm = norm(4 * in_dim)
-        self.reduction = nn.Linear(4 * in_dim, dim, bias=False)
+        self.reduction = Linear(4 * in_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = to_last(pad_bottom_right(to_first(x), 2))

@@ -19,6 +19,7 @@ from ..kernels.precision import full_precision
 from .backbone import rename
 from .layers import Mlp, TokenBlock, build_token_mixer, drop_path_schedule, norm_factory
 from .layers.grid import grid_of, pad_bottom_right, to_last
+from .layers.linear import Linear
 from .layers.lookup import choose
 from .layers.norm import NormFactory
 from .layers.positions import PositionTable
@@ -51,10 +52,10 @@ class TokenPerformer(nn.Module):
         super().__init__()
         features = dim // 2 if features is None else features
         self.norm1 = norm(in_dim)
-        self.kqv = nn.Linear(in_dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.kqv = Linear(in_dim, 3 * dim)
+        self.proj = Linear(dim, dim)
         self.norm2 = norm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.Dropout(dropout))
+        self.mlp = nn.Sequential(Linear(dim, dim), nn.GELU(), Linear(dim, dim), nn.Dropout(dropout))
         self.drop = nn.Dropout(dropout)
         self.w = nn.Parameter(torch.empty(features, dim), requires_grad=False)
         nn.init.orthogonal_(self.w, gain=math.sqrt(features))
@@ -87,8 +88,8 @@ class TokenTransformer(nn.Module):
         super().__init__()
         self.scale = in_dim**-0.5
         self.norm1 = norm(in_dim)
-        self.qkv = nn.Linear(in_dim, 3 * dim, bias=False)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(in_dim, 3 * dim, bias=False)
+        self.proj = Linear(dim, dim)
         self.norm2 = norm(dim)
         self.mlp = Mlp(dim=dim, ratio=1.0)
         self.drop = nn.Dropout(dropout)
@@ -123,7 +124,7 @@ class TokensToToken(nn.Module):
         self.in_channels = in_channels
         self.attention1 = make(in_dim=in_channels * 7 * 7, dim=token_dim, norm=norm, dropout=dropout)
         self.attention2 = make(in_dim=token_dim * 3 * 3, dim=token_dim, norm=norm, dropout=dropout)
-        self.project = nn.Linear(token_dim * 3 * 3, dim)
+        self.project = Linear(token_dim * 3 * 3, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = soft_split(to_last(pad_bottom_right(x, 16)), 7, 4, 2)

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from ..kernels import window_attention
+from ..kernels import linear, window_attention
 from .layers import LayerNorm, Mlp, drop_path_schedule, mixer, norm_factory
 from .layers.conv import ConvNorm
 from .layers.grid import to_first, to_last
+from .layers.linear import Linear
 from .layers.norm import NormFactory
 from .registry import register, weights
 from .skeleton import Hierarchical, check_stages, per_stage, rename
@@ -59,15 +60,15 @@ class OffsetWindowAttention(nn.Module):
             raise ValueError(f'window_size must be at least 1, got {window_size=}')
         self.window_size = window_size
         self.norm = norm_factory(norm)(dim) if isinstance(norm, str) else norm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
         self.attention_biases = nn.Parameter(torch.zeros(self.num_heads, window_size**2))
         self.register_buffer('attention_bias_idxs', absolute_offsets(window_size), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self._by_role(self.qkv.weight), self._by_role(self.qkv.bias)
         out = window_attention(
-            F.linear(self.norm(x), weight, bias),
+            linear(self.norm(x), weight, bias),
             self.window_size,
             heads=self.num_heads,
             bias=self.attention_biases[:, self.attention_bias_idxs],

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from ..kernels import window_attention
+from ..kernels import linear, window_attention
 from .backbone import rename
 from .layers import Mlp, drop_path_schedule, norm_factory
 from .layers.grid import grid_of, pad_bottom_right
+from .layers.linear import Linear
 from .layers.norm import NormFactory
 from .layers.positions import PositionTable
 from .plain import Grid, Plain, block_windows, check_plain
@@ -44,14 +45,14 @@ class SplitAttention(nn.Module):
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f'num_heads must divide dim, got {num_heads=}, {dim=}')
         self.num_heads, self.window_size = num_heads, window_size
-        self.qk = nn.Linear(dim, 2 * dim, bias=False)
-        self.v = nn.Linear(dim, dim, bias=False)
-        self.proj = nn.Linear(dim, dim)
+        self.qk = Linear(dim, 2 * dim, bias=False)
+        self.v = Linear(dim, dim, bias=False)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
         """`grid` is that of the patches, read by windows alone."""
         # one product with both weights side by side: they are small next to x
-        qkv = F.linear(x, torch.cat((self.qk.weight, self.v.weight)))
+        qkv = linear(x, torch.cat((self.qk.weight, self.v.weight)))
         query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         if self.window_size is None or grid is None:
             return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
@@ -65,7 +66,7 @@ class Gate(nn.Module):
 
     def __init__(self, dim: int, *, norm: NormFactory):
         super().__init__()
-        self.fc = nn.Sequential(norm(dim), nn.Linear(dim, dim // 4), nn.ReLU(), nn.Linear(dim // 4, dim), nn.Tanh())
+        self.fc = nn.Sequential(norm(dim), Linear(dim, dim // 4), nn.ReLU(), Linear(dim // 4, dim), nn.Tanh())
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.addcmul(x, x, self.fc(x.mean(1, keepdim=True)))
@@ -105,7 +106,7 @@ class TNTBlock(nn.Module):
         self.inner_norm2 = norm(inner_dim)
         self.inner_mlp = Mlp(dim=inner_dim, ratio=mlp_ratio)
         self.proj_norm1 = norm(words * inner_dim)
-        self.proj = nn.Linear(words * inner_dim, dim, bias=False)
+        self.proj = Linear(words * inner_dim, dim, bias=False)
         self.proj_norm2 = norm(dim)
         self.outer_norm1 = norm(dim)
         self.outer_attn = SplitAttention(dim=dim, num_heads=num_heads, window_size=window_size)
@@ -235,7 +236,7 @@ class TNT(Plain):
             out_indices=out_indices,
         )
         self.proj_norm1 = make_norm(words * inner_dim)
-        self.proj = nn.Linear(words * inner_dim, dim)
+        self.proj = Linear(words * inner_dim, dim)
         self.proj_norm2 = make_norm(dim)
         self.apply(self.init_weights)
         self.init_prefix()

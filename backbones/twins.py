@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..kernels import window_attention
 from .layers import ConvDownsample, MetaFormerBlock, Mlp, build_mixer, drop_path_schedule, mixer, norm_factory
 from .layers.grid import padded, to_first
+from .layers.linear import Linear
 from .layers.lookup import choose
 from .layers.polyphase import AnchoredDownsample, anchor
 from .pvt_v2 import init_fan_out, resolve_heads
@@ -47,8 +48,8 @@ class LocallyGroupedAttention(nn.Module):
             raise ValueError(f'window_size must be positive, got {window_size=}')
         self.padding = choose('padding', padding, {name: name for name in PADDING})
         self.num_heads, self.window_size = resolve_heads(dim, num_heads), window_size
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         H, W = x.shape[1:3]

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backbones.layers.linear import Linear
 from .export import evaluating
 from .quantized_layers import SCHEMES, QuantizedLayer, limits, round_weight
 
@@ -234,7 +235,7 @@ def _kind(block: nn.Module) -> str | None:
 
 
 def _known(layer: nn.Module) -> bool:
-    return type(layer) is nn.Linear or (type(layer) is nn.Conv2d and layer.padding_mode == 'zeros')
+    return type(layer) in (nn.Linear, Linear) or (type(layer) is nn.Conv2d and layer.padding_mode == 'zeros')
 
 
 def _order(model: nn.Module, images: Tensor) -> list[str]:

@@ -12,6 +12,7 @@ from .linear_attention import relu_linear_attention
 from .long_convolution import long_convolution
 from .neighborhood import neighborhood_attention
 from .nms import apart, suppress, suppress_by_products
+from .onednn import conv2d, linear
 from .pool_mixer import pool_mixer
 from .shift_linear import fixed_point, pack_shift_sums, pack_shifts, shift_linear, unpack_shifts
 from .sparse_window import sparse_window_attention
@@ -33,6 +34,7 @@ __all__ = [
     'binary_linear',
     'block_sparse_attention',
     'build_windows',
+    'conv2d',
     'explain',
     'falling',
     'fixed_point',
@@ -42,6 +44,7 @@ __all__ = [
     'hamming_attention',
     'hashed_attention',
     'hilo_attention',
+    'linear',
     'long_convolution',
     'match_every_kth',
     'match_tokens',

@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...kernels import hashed_attention
+from ..layers.linear import Linear
 from .hashing import KernelHash, normalised
 from .replace import refuse, replace_attention
 from .softmax import SOURCES, SoftmaxAttention, replace_in_stages, share_projection, take_over
@@ -41,9 +42,9 @@ class EcoFormerAttention(nn.Module):
         self.num_heads, self.exact_sum = num_heads, exact_sum
         # the authors' key of the hash functions is fast_attention.ksh
         self.fast_attention = nn.ModuleDict({'ksh': KernelHash(num_heads, dim // num_heads, **hash)})
-        self.to_qk = nn.Linear(dim, dim, bias=bias)
-        self.to_v = nn.Linear(dim, dim, bias=bias)
-        self.proj = nn.Linear(dim, dim)
+        self.to_qk = Linear(dim, dim, bias=bias)
+        self.to_v = Linear(dim, dim, bias=bias)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         tokens = x.flatten(1, -2)

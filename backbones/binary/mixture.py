@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..layers.linear import Linear
 from ..layers.lookup import choose
 from .sums import shift_layer
 
@@ -29,7 +30,7 @@ class NaiveGate(nn.Module):
 
     def __init__(self, dim: int, latencies: Sequence[float]):
         super().__init__()
-        self.gate = nn.Linear(dim, 2)
+        self.gate = Linear(dim, 2)
         self.loss: Tensor | None = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -120,7 +121,7 @@ class MixtureLinear(nn.Module):
         weight = linear.weight
         make = choose('gate', gate, GATES)
         self.gate = make(linear.in_features, latencies).to(weight.device, weight.dtype)
-        dense = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        dense = Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
         dense.to(weight.device, weight.dtype).load_state_dict(linear.state_dict())
         shift = shift_layer(linear, form=form, weight_bits=weight_bits)
         self.experts = nn.ModuleList([dense, shift])

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..layers.linear import Linear
+
 
 @dataclass(frozen=True)
 class Place:
@@ -47,7 +49,9 @@ def replace_linears(root: nn.Module, make: Callable[[nn.Linear], nn.Module], nam
     count = 0
     for parent in list(root.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and (not names or name in names):
+            if not isinstance(child, nn.Linear) or type(child) not in (nn.Linear, Linear):  # binary ones are subclasses
+                continue
+            if not names or name in names:
                 setattr(parent, name, make(child))
                 count += 1
     return count

@@ -12,6 +12,8 @@ with P_q, P_k, M_q, M_k (N, r) and P_v (N, 1). Authors' code: https://github.com
 import torch
 from torch import Tensor, nn
 
+from ..layers.linear import Linear
+
 
 class ResidualEstimator(nn.Module):
     """The factors of the terms above, from the layer's input.
@@ -28,8 +30,8 @@ class ResidualEstimator(nn.Module):
         if rank < 1:
             raise ValueError(f'rank must be at least 1, got {rank=}')
         self.rank = rank
-        self.q_p, self.k_p, self.q_m, self.k_m = (nn.Linear(dim, rank) for _ in range(4))
-        self.v_p = nn.Linear(dim, 1)
+        self.q_p, self.k_p, self.q_m, self.k_m = (Linear(dim, rank) for _ in range(4))
+        self.v_p = Linear(dim, 1)
         for layer in (self.q_p, self.k_p, self.v_p):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)

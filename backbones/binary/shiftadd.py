@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.precision import full_precision
+from ..layers.linear import Linear
 from ..layers.lookup import choose
 from ..layers.token_attention import split_heads
 from .hashing import KernelHash, normalised
@@ -54,9 +55,9 @@ class AdditiveAttention(nn.Module):
         self.num_heads = num_heads
         # the authors' key of the hash functions is qk_quant.ksh
         self.qk_quant = nn.ModuleDict({'ksh': KernelHash(num_heads, dim // num_heads, codes='step', **hash)})
-        self.to_qk = nn.Linear(dim, dim, bias=bias)
-        self.to_v = nn.Linear(dim, dim, bias=bias)
-        self.proj = nn.Linear(dim, dim)
+        self.to_qk = Linear(dim, dim, bias=bias)
+        self.to_v = Linear(dim, dim, bias=bias)
+        self.proj = Linear(dim, dim)
         self.dconv = token_conv(num_heads)
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
@@ -91,8 +92,8 @@ class MeanAttention(nn.Module):
     def __init__(self, *, dim: int, num_heads: int, bias: bool = True, over_batch: bool = False, sparse: bool = False):
         super().__init__()
         self.num_heads, self.over_batch, self.sparse = num_heads, over_batch, sparse
-        self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=bias)
+        self.proj = Linear(dim, dim)
         self.dconv = token_conv(num_heads)
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
@@ -151,9 +152,9 @@ class LinearAttention(nn.Module):
     def __init__(self, *, dim: int, num_heads: int, bias: bool = True):
         super().__init__()
         self.num_heads = num_heads
-        self.q = nn.Linear(dim, dim, bias=bias)
-        self.kv = nn.Linear(dim, 2 * dim, bias=bias)
-        self.proj = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim, bias=bias)
+        self.kv = Linear(dim, 2 * dim, bias=bias)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         tokens = x.flatten(1, -2)
@@ -226,7 +227,7 @@ def shiftadd(
         'mixture': partial(MixtureLinear, gate=gate, latencies=latencies, **shift),
     }
     for make in makers.values():
-        make(nn.Linear(1, 1))  # arguments are checked before anything is changed
+        make(Linear(1, 1))  # arguments are checked before anything is changed
     if attention is not None:
         make_attention = choose('attention', attention, ATTENTION)
         refuse('shiftadd', model, SOURCES)

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from .linear import Linear
 from .relative_position import relative_position_index
 from .replace import replaced
 
@@ -34,9 +35,9 @@ class DynamicPositionBias(nn.Module):
             raise ValueError(f'dims must be at least 16 for the MLP of the position bias, got {dim=}')
         self.heads, self.window = heads, window
         self.reach = window if reach is None else reach
-        self.pos_proj = nn.Linear(2, width)
+        self.pos_proj = Linear(2, width)
         self.pos1, self.pos2, self.pos3 = (
-            nn.Sequential(nn.LayerNorm(width), nn.ReLU(), nn.Linear(width, out)) for out in (width, width, heads)
+            nn.Sequential(nn.LayerNorm(width), nn.ReLU(), Linear(width, out)) for out in (width, width, heads)
         )
         self.register_buffer('offsets', _offsets(window, window), persistent=False)
         self.register_buffer('index', relative_position_index(window, window).flatten(), persistent=False)

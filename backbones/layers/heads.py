@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .linear import Linear
 from .lookup import choose
 from .mlp import SquaredReLU
 
@@ -32,11 +33,11 @@ class MlpHead(nn.Module):
     def __init__(self, dim: int, num_classes: int, drop_rate: float, ratio: int = 4):
         super().__init__()
         self.hidden_size = ratio * dim
-        self.fc1 = nn.Linear(dim, self.hidden_size)
+        self.fc1 = Linear(dim, self.hidden_size)
         self.act = SquaredReLU()
         self.norm = nn.LayerNorm(self.hidden_size)
         self.drop = nn.Dropout(drop_rate)
-        self.fc2 = nn.Linear(self.hidden_size, num_classes)
+        self.fc2 = Linear(self.hidden_size, num_classes)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.norm(self.act(self.fc1(x)))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...kernels import pool_mixer
 from .grid import to_first
+from .linear import Linear
 from .lookup import choose, nearest
 from .mlp import ACTIVATIONS
 
@@ -111,10 +112,10 @@ class SepConv(nn.Module):
     ):
         super().__init__()
         wide = int(dim * expansion)
-        self.pwconv1 = nn.Linear(dim, wide, bias=bias)
+        self.pwconv1 = Linear(dim, wide, bias=bias)
         self.act1 = choose('act', act, ACTIVATIONS)()
         self.dwconv = nn.Conv2d(wide, wide, kernel, padding=kernel // 2, groups=wide, bias=bias)
-        self.pwconv2 = nn.Linear(wide, dim, bias=bias)
+        self.pwconv2 = Linear(wide, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act1(self.pwconv1(x))
@@ -133,8 +134,8 @@ class Attention(nn.Module):
         self.head_dim = head_dim
         self.num_heads = max(dim // head_dim, 1)
         inner = self.num_heads * head_dim
-        self.qkv = nn.Linear(dim, 3 * inner, bias=bias)
-        self.proj = nn.Linear(inner, dim, bias=bias)
+        self.qkv = Linear(dim, 3 * inner, bias=bias)
+        self.proj = Linear(inner, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         B, H, W, _ = x.shape

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .conv_act import conv_act
 from .grid import to_first
+from .linear import Linear
 from .lookup import choose
 
 
@@ -63,9 +65,9 @@ class Mlp(nn.Module):
     def __init__(self, *, dim: int, ratio: float = 4.0, act: str = 'gelu', bias: bool = True):
         super().__init__()
         hidden = int(dim * ratio)
-        self.fc1 = nn.Linear(dim, hidden, bias=bias)
+        self.fc1 = Linear(dim, hidden, bias=bias)
         self.act = InPlaceGELU() if act == 'gelu' else choose('act', act, ACTIVATIONS)()
-        self.fc2 = nn.Linear(hidden, dim, bias=bias)
+        self.fc2 = Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
@@ -84,12 +86,12 @@ class ConvMlp(nn.Module):
     def __init__(self, *, dim: int, ratio: float = 4.0, act: str = 'gelu', extra_act: bool = False):
         super().__init__()
         hidden = int(dim * ratio)
-        self.fc1 = nn.Linear(dim, hidden)
+        self.fc1 = Linear(dim, hidden)
         self.extra_act = nn.ReLU(inplace=True) if extra_act else nn.Identity()
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.act = choose('act', act, ACTIVATIONS)()
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.extra_act(self.fc1(x))
-        return self.fc2(self.act(self.dwconv(to_first(x)).permute(0, 2, 3, 1)))
+        return self.fc2(conv_act(self.dwconv, self.act, to_first(x)).permute(0, 2, 3, 1))

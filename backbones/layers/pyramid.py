@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .grid import ceil_div, to_first, to_last
+from .linear import Linear
 from .norm import norm_factory
 
 
@@ -49,7 +50,7 @@ class PyramidLevel(nn.Module):
         if width is None:
             self.project, self.smooth = None, None
         else:
-            self.project = nn.Linear(dim, width, bias=False)
+            self.project = Linear(dim, width, bias=False)
             self.project_norm = norm(width)
             self.smooth = nn.Conv2d(width, width, 3, padding=1, bias=False)
             dim = width

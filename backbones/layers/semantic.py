@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .grid import ceil_div
+from .linear import Linear
 from .relative_position import relative_position_index
 
 
@@ -95,10 +96,10 @@ class SemanticAttention(nn.Module):
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f'num_heads must divide dim, got {num_heads=}, {dim=}')
         self.num_heads = num_heads
-        self.q = nn.Linear(dim, dim, bias=qkv_bias)
-        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        self.q = Linear(dim, dim, bias=qkv_bias)
+        self.kv = Linear(dim, 2 * dim, bias=qkv_bias)
         self.position_bias = None if bias_side is None else OffsetBias(bias_side, num_heads)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, query: Tensor, keys_values: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """

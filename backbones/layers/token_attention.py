@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels import window_attention
+from ...kernels import linear, window_attention
+from .linear import Linear
 from .lookup import choose, nearest
 
 
@@ -159,10 +160,10 @@ class TokenAttention(HeadSplit):
         self.num_heads, self.prefix, self.key_drop, self.window_size = num_heads, prefix, key_drop, window_size
         self.attn_drop = attn_drop
         self.scale = (dim // num_heads) ** -0.5 if scale is None else scale
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.softmax = None if clip is None else ClippedSoftmax(**clip)
         self.gate = None if gate is None else choose('gate', gate, GATES)(dim, num_heads)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         # what fold_norm may fold a norm into: a gate reads the normalised input too
         self.first_linears: tuple[str, ...] = ('qkv',) if gate is None else ()
 
@@ -251,7 +252,7 @@ def linear_rows(qkv: nn.Linear, x: Tensor, first: int, last: int) -> Tensor:
     """Thirds `first` to `last` of what a linear layer for queries, keys and values gives."""
     width = qkv.out_features // 3
     bias = None if qkv.bias is None else qkv.bias[first * width : last * width]
-    return F.linear(x, qkv.weight[first * width : last * width], bias)
+    return linear(x, qkv.weight[first * width : last * width], bias)
 
 
 def biased(logits: Tensor, bias: Tensor | None) -> Tensor:

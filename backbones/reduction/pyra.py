@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import Matching
+from ..layers.linear import Linear
 from .interface import Block, TokenModel, Tokens, register_method
 from .schedule import Schedule
 from .timm_vit import TimmBlock
@@ -55,8 +56,8 @@ class LowRank(nn.Module):
 
     def __init__(self, *, dim: int, rank: int):
         super().__init__()
-        self.down = nn.Linear(dim, rank, bias=False)
-        self.up = nn.Linear(rank, 3 * dim, bias=False)
+        self.down = Linear(dim, rank, bias=False)
+        self.up = Linear(rank, 3 * dim, bias=False)
         nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
         nn.init.zeros_(self.up.weight)
 
@@ -69,8 +70,8 @@ class Bottleneck(nn.Module):
 
     def __init__(self, *, dim: int, rank: int):
         super().__init__()
-        self.down = nn.Linear(dim, rank)
-        self.up = nn.Linear(rank, dim)
+        self.down = Linear(dim, rank)
+        self.up = Linear(rank, dim)
         for linear in (self.down, self.up):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.normal_(linear.bias, std=1e-6)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...kernels import block_sparse_attention
 from ..layers.grid import ceil_div
+from ..layers.linear import Linear
 from ..layers.resize import resize_table, same_size
 from ..layers.token_attention import TokenAttention
 from .interface import Block, Grid, Reduction, TokenModel, Tokens, register_method
@@ -55,8 +56,8 @@ class ConnectivityPredictor(nn.Module):
         self.threshold = threshold
         width, rank = max(head_dim // width_factor, 1), max(tokens // token_factor, 1)
         self.coefficients = min(coefficients, rank)
-        self.proj_c_q = nn.Linear(head_dim, width)
-        self.proj_c_k = nn.Linear(head_dim, width)
+        self.proj_c_q = Linear(head_dim, width)
+        self.proj_c_k = Linear(head_dim, width)
         self.proj_n = nn.Parameter(torch.empty(tokens, rank))
         self.proj_back_n = nn.Parameter(torch.empty(tokens, rank))
         for weight in (self.proj_c_q.weight, self.proj_c_k.weight, self.proj_n, self.proj_back_n):

@@ -1,0 +1,39 @@
+"""A convolution and the activation after it, as one step where eager inference has one."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels import conv2d
+
+_NAMES: dict[type[nn.Module], str] = {nn.ReLU: 'relu', nn.Hardswish: 'hardswish', nn.SiLU: 'silu'}
+
+
+def conv_act(conv: nn.Module, act: nn.Module, x: Tensor, folded: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """act(conv(x)) of a map (B, C, H, W); in eager inference by `kernels.conv2d`, which may do both at once.
+
+    Args:
+        conv: any module; another than nn.Conv2d, a quantized one say, is called as it is.
+        act: any module; called as it is if `kernels.conv2d` has no name for it.
+        folded: weight and bias in the place of the convolution's own, for an nn.Conv2d in eager inference.
+    """
+    eager_inference = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    if not eager_inference or type(conv) is not nn.Conv2d:
+        assert folded is None
+        return act(conv(x))
+    weight, bias = (conv.weight, conv.bias) if folded is None else folded
+    name = _name(act)
+    x = conv2d(x, weight, bias, **_geometry(conv), act=name)
+    return act(x) if name is None else x
+
+
+def _geometry(conv: nn.Conv2d) -> dict[str, Any]:
+    assert conv.padding_mode == 'zeros' and not isinstance(conv.padding, str)
+    return {'stride': conv.stride, 'padding': conv.padding, 'dilation': conv.dilation, 'groups': conv.groups}
+
+
+def _name(act: nn.Module) -> str | None:
+    if isinstance(act, nn.GELU):
+        return 'gelu_tanh' if act.approximate == 'tanh' else 'gelu'
+    return _NAMES.get(type(act))

@@ -1,0 +1,12 @@
+"""nn.Linear with the faster product that eager inference on a CPU has; parameters, names and values are the same."""
+
+from torch import Tensor, nn
+
+from ...kernels import linear
+
+
+class Linear(nn.Linear):
+    """nn.Linear whose eager inference on a CPU runs by `kernels.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
