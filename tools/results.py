@@ -55,6 +55,7 @@ class Comparison(NamedTuple):
     figures: dict[str, str]
     runs: dict[str, str]
     pictures: bool = False
+    scale: float = 100  # fractions as per cent
 
 
 COMPARISONS = (
@@ -103,6 +104,17 @@ COMPARISONS = (
             'segmentation_deeplabv3plus': 'DeepLabV3+',
         },
         pictures=True,
+    ),
+    Comparison(
+        title='Rain and snow',
+        what='decoder',
+        figures={'psnr': 'PSNR, dB', 'psnr_gain': 'over the input, dB', 'ssim': 'SSIM'},
+        runs={
+            'restoration_rainsnow': "Histoformer's blocks, 47.4 thousand multiply-adds per pixel",
+            'restoration_rainsnow_unet': 'residual blocks, 55.9 thousand',
+        },
+        pictures=True,
+        scale=1,
     ),
     Comparison(
         title='One network for three tasks',
@@ -219,7 +231,9 @@ def comparison_lines(comparison: Comparison, runs: Path, images: Path) -> list[s
     lines += ['|---|---|' + '---:|' * (len(comparison.figures) + 1)]
     for name, path in found:
         seeds = [json.loads(file.read_text()) for file in [path, *sorted(runs.glob(f'{name}_seed*/metrics.json'))]]
-        figures = ' | '.join(mean_and_spread([run[m] for run in seeds if m in run]) for m in comparison.figures)
+        figures = ' | '.join(
+            mean_and_spread([comparison.scale * run[m] for run in seeds if m in run]) for m in comparison.figures
+        )
         lines.append(f'| quickstart/{name} | {comparison.runs[name]} | {figures} | {seeds[0]["iterations"]} |')
     for name, _ in found if comparison.pictures else ():
         pictures = latest_pictures(runs / name, 4)
@@ -230,10 +244,10 @@ def comparison_lines(comparison: Comparison, runs: Path, images: Path) -> list[s
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
-    """Fractions as per cent: '', '71.20' or of several seeds '71.20 ± 0.35 (3)', with the sample's deviation."""
+    """'', '71.20' or of several seeds '71.20 ± 0.35 (3)', with the sample's deviation."""
     if len(values) < 2:
-        return ''.join(f'{100 * value:.2f}' for value in values)
-    return f'{100 * statistics.mean(values):.2f} ± {100 * statistics.stdev(values):.2f} ({len(values)})'
+        return ''.join(f'{value:.2f}' for value in values)
+    return f'{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({len(values)})'
 
 
 def models_page(runs: Path) -> str:

@@ -182,6 +182,7 @@ class Reduction(nn.Module):
     first_layer: ClassVar[int] = 0  # blocks before it do not reduce unless the caller says so
     least: ClassVar[int] = 0  # tokens that stay whatever the schedule says
     most: ClassVar[float] = 0.5  # share of the patches that one block can remove
+    merges: ClassVar[bool] = False  # whether every token lives on in another, so that blocks can have all of them again
     overhead: ClassVar[tuple[str, ...]] = ()  # its methods that do what a block without reduction would not
 
     def __init__(self, *, model: TokenModel, schedule: Schedule):
@@ -278,9 +279,12 @@ class Reduction(nn.Module):
             track: see `begin`.
             prefix_alone: see `prefix_step`.
         """
-        tokens, kept = self.begin(x, grid, track), []
+        again = self.schedule.restore_at
+        tokens, kept = self.begin(x, grid, track or again is not None), []
         short = len(blocks) - 1 if prefix_alone and self.recorded is None and not self.training else None
         for i, block in enumerate(blocks):
+            if i == again:
+                tokens = self.begin(self.restore(tokens), grid, track)
             tokens = call(self.step if i != short else self.prefix_step, tokens, block, i)
             if self.recorded is not None:
                 self.recorded.append(tokens)

@@ -40,6 +40,7 @@ class MCTF(Reduction):
     defaults = {'r': 16}
     first_layer = 1
     least = 10
+    merges = True
     overhead = ('fuse', 'fuse_rows')
 
     def __init__(

@@ -7,6 +7,9 @@
     ratio=(0.3, 0.0, 0.3)       block by block
     target=0.6                  that ratio, equal in all blocks, with which the model needs 0.6 of its multiply-adds
     layers=(3, 6, 9)            in these blocks alone, with any of the above; lists then have one entry for each of them
+    restore_at=10               all tokens again from block 10 on, with any of the above, for methods that merge: those
+                                of dense tasks then attend to each other at full resolution before the head reads them.
+                                Expediting Large-Scale Vision Transformer for Dense Prediction, arXiv 2210.01035
 
 Prefix tokens are never removed, and a block removes at most a method's share of the patches (half of them where tokens
 are merged in pairs).
@@ -14,11 +17,11 @@ are merged in pairs).
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 # the settings that make a schedule
-SETTINGS = ('r', 'ratio', 'target', 'layers', 'inflect')
+SETTINGS = ('r', 'ratio', 'target', 'layers', 'inflect', 'restore_at')
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,12 @@ class Schedule:
 
     Attributes:
         active: the blocks that the settings speak of, for methods that may act where the amount is 0.
+        restore_at: the block that all tokens enter again; None if none does.
     """
 
     amounts: tuple[int | float, ...]
     active: tuple[int, ...] = ()
+    restore_at: int | None = None
 
     def remove(self, i: int, tokens: int, *, prefix: int, least: int = 0, most: float = 0.5) -> int:
         """How many tokens leave in block i.
@@ -47,13 +52,14 @@ class Schedule:
 
     def with_amount(self, amount: int | float) -> 'Schedule':
         """The same blocks, each with this amount."""
-        return Schedule(tuple(amount if before else before for before in self.amounts), self.active)
+        return replace(self, amounts=tuple(amount if before else before for before in self.amounts))
 
     def __str__(self) -> str:
         same = set(self.amounts)
         if len(same) == 1:
             return f'{self.amounts[0]:.4g} per block'
-        return 'per block ' + ', '.join(f'{amount:.4g}' for amount in self.amounts)
+        listed = 'per block ' + ', '.join(f'{amount:.4g}' for amount in self.amounts)
+        return listed if self.restore_at is None else f'{listed}, all again at {self.restore_at}'
 
 
 def make_schedule(
@@ -67,6 +73,7 @@ def make_schedule(
     ratio: Any = None,
     layers: Any = None,
     inflect: Any = None,
+    restore_at: Any = None,
 ) -> Schedule:
     """The schedule that the settings describe, see the top of this file.
 
@@ -83,14 +90,15 @@ def make_schedule(
     name, value = ('r', r) if r is not None else ('ratio', ratio)
     if (r is None) == (ratio is None):
         raise ValueError(f'state one of r, ratio and target, got {r=}, {ratio=}')
-    active = _layers(layers, depth) if layers is not None else tuple(range(first_layer, depth))
+    reducing = depth if restore_at is None else _restoring(restore_at, depth)
+    active = _layers(layers, reducing) if layers is not None else tuple(range(first_layer, reducing))
     if inflect is not None:
         if name != 'r' or not _is_count(r) or not isinstance(inflect, int | float) or not -1 <= inflect <= 1:
             raise ValueError(f'inflect must be from -1 to 1, beside a whole number r, got {inflect=}, {r=}')
         value, layers = _inflected(r, float(inflect), len(active)), active
     amounts: list[int | float] = [0] * depth
     if isinstance(value, list | tuple):
-        places = tuple(range(depth)) if layers is None else active
+        places = tuple(range(reducing)) if layers is None else active
         if len(value) > len(places):
             raise ValueError(f'{name} must have at most {len(places)} entries, one per block, got {len(value)}')
         active = places[: len(value)]
@@ -104,7 +112,7 @@ def make_schedule(
             _check_r(amount, value, patches, prefix)
         elif isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 <= amount <= most:
             raise ValueError(f'ratio must be from 0 to {most:g}, what one block can remove, got {ratio=}')
-    return Schedule(tuple(amounts if name == 'r' else map(float, amounts)), active)
+    return Schedule(tuple(amounts if name == 'r' else map(float, amounts)), active, restore_at)
 
 
 def _check_r(amount: Any, given: Any, patches: int, prefix: Sequence[str]) -> None:
@@ -113,6 +121,12 @@ def _check_r(amount: Any, given: Any, patches: int, prefix: Sequence[str]) -> No
     if amount > patches:
         stays = f' ({" and ".join(prefix)} stay{"" if len(prefix) > 1 else "s"})' if prefix else ''
         raise ValueError(f'r must be at most {patches}, the patches that there are{stays}, got r={given!r}')
+
+
+def _restoring(block: Any, depth: int) -> int:
+    if not _is_count(block) or not 1 <= block < depth:
+        raise ValueError(f'restore_at must be a block from 1 to {depth - 1}, got restore_at={block!r}')
+    return int(block)
 
 
 def _layers(layers: Any, depth: int) -> tuple[int, ...]:

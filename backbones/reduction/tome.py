@@ -27,6 +27,7 @@ class ToMe(Reduction):
         model, schedule: see `Reduction`.
     """
 
+    merges = True
     overhead = ('fuse',)
 
     def __init__(self, *, model: TokenModel, schedule: Schedule, proportional: bool = True):

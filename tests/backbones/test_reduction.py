@@ -206,6 +206,26 @@ def test_restoring_undoes_merging(method):
     close(restored, tokens, 1e-6)
 
 
+@pytest.mark.parametrize('method', SETTINGS)
+@torch.no_grad()
+def test_all_tokens_again(method, tmp_path):
+    """A block at which tokens are restored computes what the model's own block does with the restored ones."""
+    model = small('deit_tiny_patch16_224')
+    reduced = reduce_tokens(model, method, **SETTINGS[method], restore_at=2)
+    x = images(model)
+    tokens, grid = reduced.embed(x)
+    kept, _ = reduced.run_blocks(tokens, grid, last=1)
+    with recording(reduced) as states:
+        again, _ = reduced.run_blocks(tokens, grid)
+    assert states[1].x.shape[1] < tokens.shape[1]
+    close(again, model.blocks[2](kept, grid))
+    logits = reduced(x)
+    close(logits, model.forward_head(model.norm(again)))
+    close(OnnxModel(export_onnx(reduced, x, tmp_path / 'reduced.onnx'))(x), logits)
+    pyramid = reduce_tokens(small('deit_tiny_patch16_224', features_only=True), method, target=0.97, restore_at=2)
+    assert report(pyramid).tokens[2] == tokens.shape[1]
+
+
 @pytest.mark.parametrize(('method', 'name'), each())
 def test_train_checkpoint_and_drop_path(method, name):
     model = reduce_tokens(small(name, drop_path_rate=0.2), method, **SETTINGS[method]).train()
@@ -322,6 +342,8 @@ def test_timm_models(method):
         ({'r': 30}, [19, 10, 6]),  # half of the patches at most
         ({'ratio': 0.25}, [28, 22, 17]),
         ({'ratio': [0.0, 0.5]}, [37, 19, 19]),
+        ({'r': 4, 'restore_at': 2}, [33, 29, 37]),
+        ({'r': 4, 'layers': (0,), 'restore_at': 1}, [33, 37, 37]),
     ],
 )
 def test_schedules(settings, tokens):
@@ -380,6 +402,12 @@ PATCHES = '36, the patches that there are'
             ValueError,
             r'layers must be increasing block numbers from 0 to 2, got layers=',
         ),
+        ({'r': 2, 'restore_at': 3}, ValueError, r'restore_at must be a block from 1 to 2, got restore_at=3'),
+        (
+            {'r': 2, 'layers': (2,), 'restore_at': 2},
+            ValueError,
+            r'layers must be increasing block numbers from 0 to 1, got layers=',
+        ),
         ({'r': 2, 'inflect': 2}, ValueError, r'inflect must be from -1 to 1, beside a whole number r'),
         ({'rr': 2}, TypeError, r"method 'tome' has no setting rr=2.*; it takes r, ratio"),
         ({'proportionate': 2}, TypeError, r'no setting proportionate=2; did you mean proportional\?'),
@@ -389,6 +417,11 @@ def test_bad_settings(settings, error, text):
     with pytest.raises(error, match=text) as caught:
         reduce_tokens(small('deit_tiny_distilled_patch16_224'), 'tome', **settings)
     assert '\n' not in str(caught.value)
+
+
+def test_methods_that_drop_tokens_do_not_restore_them():
+    with pytest.raises(ValueError, match=r"restore_at is for methods that merge tokens \(mctf, pyra, tome\), got .*'ats'"):
+        reduce_tokens(small('deit_tiny_patch16_224'), 'ats', layers=(1,), restore_at=2)
 
 
 def test_bad_settings_of_mctf():
