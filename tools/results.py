@@ -84,6 +84,7 @@ COMPARISONS = (
         runs={
             'detection': 'Faster R-CNN',
             'detection_cascade': 'Cascade R-CNN',
+            'detection_retinanet': 'RetinaNet',
             'detection_fcos': 'FCOS',
             'detection_atss': 'ATSS',
             'detection_gfl': 'GFL',
