@@ -51,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
     kernels.add_argument('--sizes', type=int, nargs='+', metavar='SIDE', help='of images (default: 224 512 1024)')
     kernels.add_argument('--model', choices=('tiny', 'base'), help="whose stages' widths (default: tiny)")
     kernels.add_argument(
-        '--operations', nargs='+', choices=('window', 'hilo', 'sparse', 'blocks', 'neighborhood', 'pool', 'match')
+        '--operations',
+        nargs='+',
+        choices=('window', 'hilo', 'sparse', 'blocks', 'neighborhood', 'pool', 'match', 'merge', 'linear'),
     )
     kernels.add_argument('--flash-window', metavar='DIR', help='a checkout of zzd1992/FlashWindowAttention')
     kernels.add_argument('--repeats', type=int, default=10)

@@ -420,7 +420,9 @@ def test_bad_settings(settings, error, text):
 
 
 def test_methods_that_drop_tokens_do_not_restore_them():
-    with pytest.raises(ValueError, match=r"restore_at is for methods that merge tokens \(mctf, pyra, tome\), got .*'ats'"):
+    with pytest.raises(
+        ValueError, match=r"restore_at is for methods that merge tokens \(mctf, pyra, tome\), got .*'ats'"
+    ):
         reduce_tokens(small('deit_tiny_patch16_224'), 'ats', layers=(1,), restore_at=2)
 
 

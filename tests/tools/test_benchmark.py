@@ -76,7 +76,7 @@ def test_kernels_are_compared_with_peers_that_compute_the_same(capsys, dtype):
     assert main([*command, '--train'] if dtype == 'float32' else command) == 0
     lines = capsys.readouterr().out.strip().splitlines()
     assert 'of copy bandwidth' in lines[0] and '(CPU)' in lines[0]
-    for operation in ('window 2x16x16x96', 'sparse windows', 'blocks of 64', 'neighborhood', 'pool', 'match'):
+    for operation in (*kernels.OPERATIONS, 'window 2x16x16x96', 'sparse windows', 'blocks of 64', 'conv, GELU'):
         assert any(line.startswith(f'| {operation}') for line in lines), operation
     assert any('forward and backward' in line for line in lines) == (dtype == 'float32')
 

@@ -10,7 +10,8 @@ Peers: roll + partition + scaled_dot_product_attention with bias and mask; the s
 FlexAttention (on a GPU); the public Triton kernels of Flash Window Attention, for windows that are not shifted, out of
 a checkout of https://github.com/zzd1992/FlashWindowAttention; HiLo's branches as two calls of attention; dense windows
 and dense attention for the sparse operations; NATTEN where it is installed; timm-like modules for pooling; the matrix
-of similarities for matching; gather and scatter_add for merging.
+of similarities for matching; gather and scatter_add for merging; torch.nn.functional for linear layers and
+convolutions.
 """
 
 import importlib
@@ -31,7 +32,9 @@ from densezoo.kernels import (
     Matching,
     block_sparse_attention,
     build_windows,
+    conv2d,
     hilo_attention,
+    linear,
     match_tokens,
     neighborhood_attention,
     pool_mixer,
@@ -46,7 +49,7 @@ from .timing import Comparison, compare
 STAGES = ((4, 1), (8, 2), (16, 4), (32, 8))  # stride, channels over those of stage 1
 WIDTHS = {'tiny': 96, 'base': 128}
 WINDOW, SHIFT, HEAD = 7, 3, 32
-OPERATIONS = ('window', 'hilo', 'sparse', 'blocks', 'neighborhood', 'pool', 'match', 'merge')
+OPERATIONS = ('window', 'hilo', 'sparse', 'blocks', 'neighborhood', 'pool', 'match', 'merge', 'linear')
 Call = Callable[..., Tensor]
 
 
@@ -401,6 +404,24 @@ def merge_cases(device: str, dtype: Any, batch: int, sizes: Sequence[int], width
         yield Case(f'merge {batch}x{N}x{C}', ours, {'gather, scatter_add': scattered}, (x,), floor, operations)
 
 
+def linear_cases(device: str, dtype: Any, batch: int, sizes: Sequence[int], width: int) -> Iterator[Case]:
+    """The widening layer of an MLP, and the depthwise convolution of one with its GELU."""
+    for B, side, C in maps(batch, sizes, width):
+        x, tokens = torch.randn(B, side, side, C, device=device, dtype=dtype), B * side * side
+        weight = torch.randn(4 * C, C, device=device, dtype=dtype) / C**0.5
+        bias = torch.zeros(4 * C, device=device, dtype=dtype)
+        floor = x.nbytes * 5 + weight.nbytes
+        name, operations = f'{B}x{side}x{side}x{C}', 8 * tokens * C * C
+        yield Case(f'linear {name}', linear, {"PyTorch's": F.linear}, (x, weight, bias), floor, operations)
+        taps = torch.randn(C, 1, 3, 3, device=device, dtype=dtype) / 3
+
+        def convolved(x: Tensor, taps: Tensor) -> Tensor:
+            return F.gelu(F.conv2d(x, taps, None, 1, 1, 1, len(taps)))
+
+        ours, peers = partial(conv2d, padding=(1, 1), groups=C, act='gelu'), {'one by one': convolved}
+        yield Case(f'conv, GELU {name}', ours, peers, (x.permute(0, 3, 1, 2), taps), 2 * x.nbytes, 18 * tokens * C)
+
+
 CASES: dict[str, Callable[..., Iterator[Case]]] = {
     'window': window_cases,
     'hilo': hilo_cases,
@@ -410,4 +431,5 @@ CASES: dict[str, Callable[..., Iterator[Case]]] = {
     'pool': pool_cases,
     'match': match_cases,
     'merge': merge_cases,
+    'linear': linear_cases,
 }
