@@ -1,10 +1,10 @@
 """Linear layers and convolutions of eager inference on x86 CPUs by oneDNN, activation included.
 
-PyTorch computes a float32 linear layer by MKL's matrix product, though it ships oneDNN, whose product is 1.05 to 1.4
-times as fast at the sizes of dense prediction (AMD EPYC, AVX-512, two threads; 25088 x 64 by 64 x 256: 4.7 ms for
-5.8). The activation that follows a convolution costs another pass over the map, and PyTorch's GELU by tanh more than
-some convolutions: 11 of 58 ms after one from 32 to 128 channels on 112 x 112, batch 8. As a step within the convolution
-it costs 4. torch.compile's code for CPUs calls the same operators.
+PyTorch computes a float32 linear layer by MKL's matrix product, though it ships oneDNN, whose product is 1.07 to 1.10
+times as fast at Swin's later stages. The activation that follows a convolution costs another pass over the map, and
+PyTorch's GELU by tanh more than some convolutions: 11 of 58 ms after one from 32 to 128 channels on 112 x 112, batch 8.
+As a step within the convolution it costs 4. torch.compile's code for CPUs calls the same operators. The measurements are
+in `kernels/BENCHMARKS.md`.
 
 Training, compiling, exporting, autocast, other devices and dtypes take torch.nn.functional's operators.
 """

@@ -29,8 +29,8 @@ def reduce_tokens(model: _Model, method: str, **settings: Any) -> _Model:
             `features_only` form), with its weights.
         method: 'tome', 'mctf', ...: see `densezoo.backbones.reduction.METHODS`.
         settings: the schedule, `r`, `ratio`, `target`, `layers`, `inflect`, `restore_at` (see `reduction.schedule`),
-            and the method's own (see its class). `target` is a share of the model's multiply-adds at the size it is made
-            for, and `img_size` another size to reach it at.
+            and the method's own (see its class). `target` is a share of the model's multiply-adds at the size it is
+            made for, and `img_size` another size to reach it at.
 
     Raises:
         ValueError: no such method; the model has no sequence of tokens or is reduced already; a schedule that asks for
