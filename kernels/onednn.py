@@ -3,8 +3,8 @@
 PyTorch computes a float32 linear layer by MKL's matrix product, though it ships oneDNN, whose product is 1.07 to 1.10
 times as fast at Swin's later stages. The activation that follows a convolution costs another pass over the map, and
 PyTorch's GELU by tanh more than some convolutions: 11 of 58 ms after one from 32 to 128 channels on 112 x 112, batch 8.
-As a step within the convolution it costs 4. torch.compile's code for CPUs calls the same operators. The measurements are
-in `kernels/BENCHMARKS.md`.
+As a step within the convolution it costs 4. torch.compile's code for CPUs calls the same operators. Measurements are in
+`kernels/BENCHMARKS.md`.
 
 Training, compiling, exporting, autocast, other devices and dtypes take torch.nn.functional's operators.
 """
