@@ -83,7 +83,12 @@ def conv2d(
         stride, padding, dilation: down and across, positions.
         groups: of channels.
         act: a name in `ACTIVATIONS`, or None.
+
+    Raises:
+        ValueError: no such activation.
     """
+    if act not in ACTIVATIONS:
+        raise ValueError(f'act must be None or one of {", ".join(filter(None, ACTIVATIONS))}, got {act=}')
     activate, step = ACTIVATIONS[act]
     if not _inferring() or x.numel() == 0 or not _taken(x, weight):
         return activate(F.conv2d(x, weight, bias, stride, padding, dilation, groups), _inferring())

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .conv_act import conv_act
+from .conv_act import conv_act, foldable
 from .fold_norm import affine_of_batch_norm
 from .lookup import choose
 from .mlp import ACTIVATIONS
@@ -47,7 +47,7 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         inferring = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if inferring and type(self.norm) is nn.BatchNorm2d and type(self.conv) is nn.Conv2d:
+        if inferring and type(self.norm) is nn.BatchNorm2d and foldable(self.conv):
             return conv_act(self.conv, self.act, x, self._folded())
         if type(self.norm) is nn.Identity:
             return conv_act(self.conv, self.act, x)

@@ -1,6 +1,6 @@
 """A convolution and the activation after it, as one step where eager inference has one."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +14,26 @@ def conv_act(conv: nn.Module, act: nn.Module, x: Tensor, folded: tuple[Tensor, T
     """act(conv(x)) of a map (B, C, H, W); in eager inference by `kernels.conv2d`, which may do both at once.
 
     Args:
-        conv: any module; another than nn.Conv2d, a quantized one say, is called as it is.
-        act: any module; called as it is if `kernels.conv2d` has no name for it.
-        folded: weight and bias in the place of the convolution's own, for an nn.Conv2d in eager inference.
+        conv: any module; one that is not `foldable` is called as it is.
+        act: any module; called as it is if `kernels.conv2d` has no name for it, or hooks watch it.
+        folded: weight and bias in the place of the convolution's own, for a foldable one in eager inference.
     """
-    eager_inference = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    if not eager_inference or type(conv) is not nn.Conv2d:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not foldable(conv):
         assert folded is None
         return act(conv(x))
     weight, bias = (conv.weight, conv.bias) if folded is None else folded
-    name = _name(act)
+    name = None if _watched(act) else _name(act)
     x = conv2d(x, weight, bias, **_geometry(conv), act=name)
     return act(x) if name is None else x
+
+
+def foldable(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether a convolution may be computed without calling its module: no subclass, a quantized one say, no hooks."""
+    return type(conv) is nn.Conv2d and not _watched(conv)
+
+
+def _watched(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _geometry(conv: nn.Conv2d) -> dict[str, Any]:

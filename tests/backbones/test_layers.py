@@ -10,6 +10,7 @@ from densezoo.backbones.layers import (
     NORMS,
     Attention,
     ConvDownsample,
+    ConvMlp,
     JointNorm,
     LayerNorm,
     MetaFormerBlock,
@@ -21,6 +22,7 @@ from densezoo.backbones.layers import (
     drop_path_schedule,
     mixer,
 )
+from densezoo.backbones.layers.conv import ConvNorm
 from densezoo.backbones.layers.grid import ceil_div, pad_bottom_right, padded
 
 
@@ -134,3 +136,29 @@ def test_every_mixer_keeps_shape(name):
 def test_mixers_are_registered_once():
     with pytest.raises(ValueError, match="mixer 'pool' is already registered"):
         mixer('pool')(nn.Identity)
+
+
+@pytest.mark.parametrize('options', [dict(act='gelu'), dict(act='hardswish', norm=False, bias=True)])
+@torch.no_grad()
+def test_hooks_see_what_is_computed_in_one_step(options):
+    """Calibration, for one, watches convolutions and activations by hooks, in evaluation and without gradients."""
+    torch.manual_seed(0)
+    layer, x, seen = ConvNorm(8, 8, kernel=3, **options).eval(), torch.randn(2, 8, 9, 7), []
+    expected = layer(x)
+    for part in (layer.conv, layer.act):
+        handle = part.register_forward_hook(lambda module, args, out: seen.append(out))
+        torch.testing.assert_close(layer(x), expected)
+        handle.remove()
+    assert len(seen) == 2
+    torch.testing.assert_close(seen[1], expected)
+    mlp, seen = ConvMlp(dim=4), []
+    mlp.dwconv.register_forward_hook(lambda module, args, out: seen.append(out))
+    mlp(torch.randn(1, 5, 6, 4))
+    assert seen[0].shape == (1, 16, 5, 6)
+
+
+@torch.no_grad()
+def test_layers_in_the_place_of_a_convolution_are_called():
+    layer = ConvNorm(3, 3, kernel=3, act='relu', norm=False)
+    layer.conv = nn.Sequential(layer.conv, nn.Threshold(0.1, 5.0))
+    assert (layer(torch.randn(1, 3, 6, 6)) >= 0.1).all()

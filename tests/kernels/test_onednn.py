@@ -106,6 +106,11 @@ def test_who_keeps_torchs_operators(called, monkeypatch):
     assert called == []
 
 
+def test_unknown_activations():
+    with pytest.raises(ValueError, match=r"act must be None or one of relu, hardswish, .*, got act='gulu'"):
+        conv2d(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 1, 1), act='gulu')
+
+
 def test_programs_hold_torchs_operators():
     layer = nn.Sequential(nn.Linear(64, 64))
     layer.forward = lambda x: conv2d(linear(x, layer[0].weight)[:, None], torch.ones(1, 1, 3, 3), act='gelu')
