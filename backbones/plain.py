@@ -14,7 +14,8 @@ How a family plugs in. Its constructor makes the parts and hands them to `assemb
   blocks see.
 - `blocks`: modules (x, grid) -> x on tokens (B, P + H' W', dim). `grid` is for blocks that see a map:
   `x[:, P:].unflatten(1, grid)`; others ignore it. `layers.TokenBlock` does for most; `build_token_mixer` builds its
-  mixer from a name, so that other mixers plug in from a config.
+  mixer from a name, so that other mixers plug in from a config. Linear layers are `layers.linear.Linear`: the same
+  values in less time.
 
 What does not fit is overridden, one small method each: `embed` (streams beside the tokens), `run_blocks` (state that
 flows from block to block, recursion, tokens that merge; then see `prefix_suffices` too), `finish` (class attention, the
