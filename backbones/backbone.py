@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .freed_pages import keep_freed_pages
 from .layers.heads import HeadFactory, build_head
 from .reduction.interface import TokenModel
 from .sizes import AnySize, FixedSize
@@ -51,6 +52,10 @@ class Backbone(nn.Module):
     drop_rate: float
     head_kind: str | HeadFactory
     grad_checkpointing: bool
+
+    def __init__(self) -> None:
+        super().__init__()
+        keep_freed_pages()
 
     def block_names(self) -> list[list[str]]:
         """Names of the blocks, grouped as `group_matcher(coarse=True)` groups them, in the order they run."""
