@@ -30,7 +30,7 @@ DOWNSAMPLINGS: dict[str, Callable[[int, int], nn.Module]] = {'deformable': Defor
 
 # Elements of a stage's maps that a CPU computes at once, as many images as that is. What blocks make of them, four
 # times as much in an MLP, then stays in the cache and comes from memory that was just freed instead of from new pages.
-_AT_ONCE = 600_000
+_AT_ONCE = 900_000
 
 __all__ = ['Hierarchical', 'check_stages', 'normalise_indices', 'per_stage', 'rename']
 
