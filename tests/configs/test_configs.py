@@ -146,6 +146,9 @@ def test_a_reduced_copy_takes_one_step(name):
         whole = getattr(config.model.backbone.type, 'reduced', None)  # of a restorer that is a network of its own
         config.model.backbone.update(whole or type(create_model(config.model.backbone.name)).reduced)
         config.model.backbone.pop('pyramid_blocks', None)  # numbers of blocks that the copy lacks
+        reduction = config.model.backbone.get('reduction', {})
+        if 'restore_at' in reduction:  # likewise: of three blocks the second fuses, the last has all tokens again
+            reduction.update(layers=(1,), restore_at=2)
     width = config.model.head.get('channels')
     if isinstance(width, int) and width > 256:  # a head as wide as published takes longer than the backbone
         config.model.head.channels = 64
