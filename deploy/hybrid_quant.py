@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbones.layers.linear import Linear
+from ..backbones.layers.linear import is_plain_linear
 from .export import evaluating
 from .quantized_layers import SCHEMES, QuantizedLayer, limits, round_weight
 
@@ -235,7 +235,7 @@ def _kind(block: nn.Module) -> str | None:
 
 
 def _known(layer: nn.Module) -> bool:
-    return type(layer) in (nn.Linear, Linear) or (type(layer) is nn.Conv2d and layer.padding_mode == 'zeros')
+    return is_plain_linear(layer) or (type(layer) is nn.Conv2d and layer.padding_mode == 'zeros')
 
 
 def _order(model: nn.Module, images: Tensor) -> list[str]:

@@ -168,6 +168,12 @@ def refuse_triton(tensors: dict[str, Tensor | None], width: int | None = None) -
     return None
 
 
+def inferring() -> bool:
+    """Whether this is eager inference, where what nobody reads again may be overwritten. Ask it before sizes, as those
+    of a program under construction must not be looked at."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
 def exporting() -> bool:
     """Whether a program is being exported."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .dispatch import inferring
+
 # Below so many multiply-adds nothing is gained: oneDNN takes 12 microseconds to set up a product and packs the weight
 # anew each time (HiLo of one 14 x 14 map of 384 channels, whose products have up to 24 million: 2.12 ms for 2.05).
 _LEAST_WORK = 2**25
@@ -58,7 +60,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight: (out, in).
         bias: (out,).
     """
-    if not _inferring() or x.numel() * weight.shape[0] < _LEAST_WORK or not _taken(x, weight):
+    if not inferring() or x.numel() * weight.shape[0] < _LEAST_WORK or not _taken(x, weight):
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *ACTIVATIONS[None][1])
 
@@ -90,14 +92,9 @@ def conv2d(
     if act not in ACTIVATIONS:
         raise ValueError(f'act must be None or one of {", ".join(filter(None, ACTIVATIONS))}, got {act=}')
     activate, step = ACTIVATIONS[act]
-    if not _inferring() or x.numel() == 0 or not _taken(x, weight):
-        return activate(F.conv2d(x, weight, bias, stride, padding, dilation, groups), _inferring())
+    if not inferring() or x.numel() == 0 or not _taken(x, weight):
+        return activate(F.conv2d(x, weight, bias, stride, padding, dilation, groups), inferring())
     return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, padding, stride, dilation, groups, *step)
-
-
-def _inferring() -> bool:
-    """Whether this is eager inference; first, because sizes of a program under construction must not be looked at."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
 def _taken(x: Tensor, weight: Tensor) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..layers.linear import Linear
+from ..layers.linear import is_plain_linear
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,7 @@ def replace_linears(root: nn.Module, make: Callable[[nn.Linear], nn.Module], nam
     count = 0
     for parent in list(root.modules()):
         for name, child in list(parent.named_children()):
-            if not isinstance(child, nn.Linear) or type(child) not in (nn.Linear, Linear):  # binary ones are subclasses
-                continue
-            if not names or name in names:
+            if is_plain_linear(child) and (not names or name in names):
                 setattr(parent, name, make(child))
                 count += 1
     return count

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...kernels.dispatch import inferring
 from .conv_act import conv_act, foldable
 from .fold_norm import affine_of_batch_norm
 from .lookup import choose
@@ -46,8 +47,7 @@ class ConvNorm(nn.Module):
         self.act = choose('act', act, ACTIVATIONS)() if act is not None else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        inferring = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if inferring and type(self.norm) is nn.BatchNorm2d and foldable(self.conv):
+        if not self.training and inferring() and type(self.norm) is nn.BatchNorm2d and foldable(self.conv):
             return conv_act(self.conv, self.act, x, self._folded())
         if type(self.norm) is nn.Identity:
             return conv_act(self.conv, self.act, x)

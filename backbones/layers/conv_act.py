@@ -2,10 +2,10 @@
 
 from typing import Any, TypeGuard
 
-import torch
 from torch import Tensor, nn
 
 from ...kernels import conv2d
+from ...kernels.dispatch import inferring
 
 _NAMES: dict[type[nn.Module], str] = {nn.ReLU: 'relu', nn.Hardswish: 'hardswish', nn.SiLU: 'silu'}
 
@@ -18,27 +18,24 @@ def conv_act(conv: nn.Module, act: nn.Module, x: Tensor, folded: tuple[Tensor, T
         act: any module; called as it is if `kernels.conv2d` has no name for it, or hooks watch it.
         folded: weight and bias in the place of the convolution's own, for a foldable one in eager inference.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not foldable(conv):
+    if not inferring() or not foldable(conv):
         assert folded is None
         return act(conv(x))
     weight, bias = (conv.weight, conv.bias) if folded is None else folded
     name = None if _watched(act) else _name(act)
-    x = conv2d(x, weight, bias, **_geometry(conv), act=name)
+    geometry: Any = {'stride': conv.stride, 'padding': conv.padding, 'dilation': conv.dilation, 'groups': conv.groups}
+    x = conv2d(x, weight, bias, **geometry, act=name)
     return act(x) if name is None else x
 
 
 def foldable(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether a convolution may be computed without calling its module: no subclass, a quantized one say, no hooks."""
-    return type(conv) is nn.Conv2d and not _watched(conv)
+    usual = type(conv) is nn.Conv2d and conv.padding_mode == 'zeros' and not isinstance(conv.padding, str)
+    return usual and not _watched(conv)
 
 
 def _watched(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def _geometry(conv: nn.Conv2d) -> dict[str, Any]:
-    assert conv.padding_mode == 'zeros' and not isinstance(conv.padding, str)
-    return {'stride': conv.stride, 'padding': conv.padding, 'dilation': conv.dilation, 'groups': conv.groups}
 
 
 def _name(act: nn.Module) -> str | None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.dispatch import inferring
 from .conv_act import conv_act
 from .grid import to_first
 from .linear import Linear
@@ -40,9 +41,7 @@ class InPlaceGELU(nn.GELU):
     """GELU that overwrites its input in eager inference: for what a layer has just made and nobody else reads."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return super().forward(x)
-        return torch.ops.aten.gelu_(x, approximate=self.approximate)
+        return torch.ops.aten.gelu_(x, approximate=self.approximate) if inferring() else super().forward(x)
 
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.dispatch import inferring
 from .fold_norm import affine_of_batch_norm
 from .replace import replaced
 
@@ -59,7 +60,7 @@ class RepConv(nn.Module):
         self.skip = nn.BatchNorm2d(dim) if keeps_shape and identity is not False else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        if not self.training and inferring():
             return F.conv2d(x, *self.merged_weights(), self.stride, self.kernel // 2, groups=self.groups)
         out: Tensor = sum(norm(self._branch(conv, x)) for conv, norm in zip(self.convs, self.norms))  # type: ignore
         return out if self.skip is None else out + self.skip(x)

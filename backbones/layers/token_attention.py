@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import linear, window_attention
+from ...kernels.dispatch import inferring
 from .linear import Linear
 from .lookup import choose, nearest
 
@@ -259,7 +260,7 @@ def biased(logits: Tensor, bias: Tensor | None) -> Tensor:
     """logits + bias; in the logits' own memory where nothing is differentiated."""
     if bias is None:
         return logits
-    in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and bias.dtype == logits.dtype
+    in_place = inferring() and bias.dtype == logits.dtype
     return logits.add_(bias) if in_place else logits + bias
 
 

@@ -5,6 +5,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from ...kernels.dispatch import inferring
 from .fold_norm import fold_into_next
 from .norm import NormFactory
 from .scale import Scale, fold_scale
@@ -105,6 +106,6 @@ class TokenBlock(nn.Module):
         branch = self.drop_path(branch)
         if scale is not None:
             return torch.addcmul(x, branch, scale.scale)  # one pass over memory instead of two
-        in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and branch.dtype == x.dtype
+        in_place = inferring() and branch.dtype == x.dtype
         # allocating tokens costs more than the sum
         return branch.add_(x) if in_place and branch is not x else x + branch

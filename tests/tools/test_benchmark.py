@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from densezoo.backbones import create_model
-from densezoo.tools.benchmark import main
+from densezoo.tools.benchmark import main, parser
 from densezoo.tools.benchmarks import kernels, latency, reduction, window
 from densezoo.tools.benchmarks.timing import Comparison, compare
 
@@ -79,6 +79,11 @@ def test_kernels_are_compared_with_peers_that_compute_the_same(capsys, dtype):
     for operation in (*kernels.OPERATIONS, 'window 2x16x16x96', 'sparse windows', 'blocks of 64', 'conv, GELU'):
         assert any(line.startswith(f'| {operation}') for line in lines), operation
     assert any('forward and backward' in line for line in lines) == (dtype == 'float32')
+
+
+def test_each_operation_can_be_asked_for():
+    options = parser().parse_args(['kernels', '--operations', *kernels.OPERATIONS])
+    assert tuple(options.operations) == kernels.OPERATIONS == tuple(kernels.CASES)
 
 
 def test_a_peer_that_computes_something_else_is_refused():
