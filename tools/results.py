@@ -9,12 +9,13 @@ done
 densezoo models --throughput --format json > runs/throughput.json
 python tools/results.py runs
 
-Runs and benchmarks that are not there are left out of the page.
+What the pages say of runs and benchmarks that are not in the folder stays as it is: one run more is one row more.
 """
 
 import argparse
 import json
 import platform
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -90,7 +91,9 @@ COMPARISONS = (
             'detection_gfl': 'GFL',
             'detection_rtdetr': 'RT-DETR',
             'detection_deformable': 'Deformable DETR',
+            'detection_detr': 'DETR, twice the iterations',
         },
+        pictures=True,
     ),
     Comparison(
         title='Segmentation heads',
@@ -113,6 +116,26 @@ COMPARISONS = (
         runs={
             'restoration_rainsnow': "Histoformer's blocks, 47.4 thousand multiply-adds per pixel",
             'restoration_rainsnow_unet': 'residual blocks, 55.9 thousand',
+        },
+        pictures=True,
+        scale=1,
+    ),
+    Comparison(
+        title='Large holes',
+        what='network',
+        figures={'psnr': 'PSNR, dB', 'psnr_over_telea': "over Telea's, dB", 'ssim': 'SSIM'},
+        runs={'inpainting': "ConvFormer under Restormer's blocks", 'inpainting_mat': 'MAT'},
+        pictures=True,
+        scale=1,
+    ),
+    Comparison(
+        title='Other degradations',
+        what='network',
+        figures={'psnr': 'PSNR, dB', 'psnr_gain': 'over the input, dB', 'ssim': 'SSIM'},
+        runs={
+            'restoration': 'ConvFormer under residual blocks: noise',
+            'restoration_allinone': 'TAT: noise, haze, rain or blur',
+            'super_resolution': "ConvFormer under Restormer's blocks: half the size",
         },
         pictures=True,
         scale=1,
@@ -148,8 +171,24 @@ BENCHMARKS = {
 }
 
 
-def quickstart_rows(runs: Path) -> list[str]:
-    """Lines of the README's table."""
+def section(page: str, heading: str) -> list[str]:
+    """A page's lines from a heading, an empty line before it, to the next one of its level; none if it has no such."""
+    lines = page.splitlines()
+    if heading not in lines:
+        return []
+    start = lines.index(heading)
+    ends = re.compile(rf'#{{1,{heading.index(" ")}}} ')
+    end = next((i for i, line in enumerate(lines) if i > start and ends.match(line)), len(lines))
+    return ['', *'\n'.join(lines[start:end]).rstrip().splitlines()]
+
+
+def row(lines: Sequence[str], first: str) -> list[str]:
+    """The line of a Markdown table whose first cell this is, or none."""
+    return [line for line in lines if line.startswith(f'| {first} |')][:1]
+
+
+def quickstart_rows(runs: Path, earlier: str = '') -> list[str]:
+    """Lines of the README's table; of tasks without a run those of the `earlier` README."""
     lines = ['| command | data | metric | value | time on two CPU cores |', '|---|---|---|---:|---:|']
     for task, (data, metric, title) in TASKS.items():
         path = runs / task / 'metrics.json'
@@ -161,6 +200,8 @@ def quickstart_rows(runs: Path) -> list[str]:
                 f'| `densezoo train quickstart/{task}` | {data} | {title} | {text} '
                 f'| {metrics["seconds"] / 60:.1f} min |'
             )
+        else:
+            lines += row(earlier.splitlines(), f'`densezoo train quickstart/{task}`')
     return lines
 
 
@@ -180,8 +221,8 @@ def write_sheet(files: Sequence[Path], path: Path, columns: int, width: int) -> 
     cv2.imwrite(str(path), sheet, [cv2.IMWRITE_JPEG_QUALITY, 85])
 
 
-def results_page(runs: Path, images: Path) -> str:
-    """docs/results.md."""
+def results_page(runs: Path, images: Path, earlier: str = '') -> str:
+    """docs/results.md, with what the `earlier` page says of runs and benchmarks that are not there."""
     lines = [
         '# Results',
         '',
@@ -191,6 +232,7 @@ def results_page(runs: Path, images: Path) -> str:
     for task in TASKS:
         run = runs / task
         if not (run / 'metrics.json').is_file():
+            lines += section(earlier, f'## {task.capitalize()}')
             continue
         metrics = json.loads((run / 'metrics.json').read_text())
         lines += ['', f'## {task.capitalize()}', '', '```', f'densezoo train quickstart/{task}', '```', '']
@@ -204,44 +246,58 @@ def results_page(runs: Path, images: Path) -> str:
             (images / f'{task}_curves.png').write_bytes((run / 'curves.png').read_bytes())
             lines += ['', f'![curves](images/{task}_curves.png)']
     for comparison in COMPARISONS:
-        lines += comparison_lines(comparison, runs, images)
-    benchmarks = [name for name in BENCHMARKS if (runs / f'benchmark_{name}.json').is_file()]
+        lines += comparison_lines(comparison, runs, images, earlier)
+    benchmarks = []
+    for name, title in BENCHMARKS.items():
+        path = runs / f'benchmark_{name}.json'
+        if path.is_file():
+            benchmarks += ['', f'### {title}', '', '```', f'densezoo benchmark {name}', '```', '']
+            benchmarks += table(json.loads(path.read_text())).splitlines()
+        else:
+            benchmarks += section(earlier, f'### {title}')
     if benchmarks:
-        lines += [
-            '',
-            '## Benchmarks',
-            '',
-            'Side by side in one run, in turn, the minimum of several; above 1 ours is faster.',
-        ]
-    for name in benchmarks:
-        rows = json.loads((runs / f'benchmark_{name}.json').read_text())
-        lines += ['', f'### {BENCHMARKS[name]}', '', '```', f'densezoo benchmark {name}', '```', '', table(rows)]
+        lines += ['', '## Benchmarks', '']
+        lines += ['Side by side in one run, in turn, the minimum of several; above 1 ours is faster.', *benchmarks]
     return '\n'.join(lines) + '\n'
 
 
-def comparison_lines(comparison: Comparison, runs: Path, images: Path) -> list[str]:
-    """Lines on the runs of a comparison, if there are two or more; with their pictures where it asks for them."""
-    found = [(name, runs / name / 'metrics.json') for name in comparison.runs]
-    found = [(name, path) for name, path in found if path.is_file()]
-    if len(found) < 2:
+def comparison_lines(comparison: Comparison, runs: Path, images: Path, earlier: str = '') -> list[str]:
+    """Lines on the runs of a comparison, if there are two or more; with their pictures where it asks for them.
+
+    Of runs that are not there, the rows of the `earlier` page stay, if it had the same columns.
+    """
+    before = section(earlier, f'## {comparison.title}')
+    header = f'| config | {comparison.what} | {" | ".join(comparison.figures.values())} | iterations |'
+    rows = {name: run_row(comparison, name, runs) for name in comparison.runs}
+    for name in rows:
+        if not rows[name] and header in before:
+            rows[name] = row(before, f'quickstart/{name}')
+    names = [name for name in rows if rows[name]]
+    if len(names) < 2:
         return []
-    lines = ['', f'## {comparison.title}', '', '```']
-    lines += [f'densezoo train quickstart/{name}' for name, _ in found]
-    columns = ' | '.join(comparison.figures.values())
-    lines += ['```', '', f'| config | {comparison.what} | {columns} | iterations |']
-    lines += ['|---|---|' + '---:|' * (len(comparison.figures) + 1)]
-    for name, path in found:
-        seeds = [json.loads(file.read_text()) for file in [path, *sorted(runs.glob(f'{name}_seed*/metrics.json'))]]
-        figures = ' | '.join(
-            mean_and_spread([comparison.scale * run[m] for run in seeds if m in run]) for m in comparison.figures
-        )
-        lines.append(f'| quickstart/{name} | {comparison.runs[name]} | {figures} | {seeds[0]["iterations"]} |')
-    for name, _ in found if comparison.pictures else ():
+    lines = ['', f'## {comparison.title}', '', '```', *(f'densezoo train quickstart/{name}' for name in names), '```']
+    lines += ['', header, '|---|---|' + '---:|' * (len(comparison.figures) + 1), *(rows[name][0] for name in names)]
+    for name in names if comparison.pictures else ():
+        if name in TASKS:  # a task's own section shows them already
+            continue
         pictures = latest_pictures(runs / name, 4)
-        if name not in TASKS and pictures:  # a task's own section shows them already
+        if pictures:
             write_sheet(pictures, images / f'{name}.jpg', 2, 1400)
+        if (images / f'{name}.jpg').is_file():
             lines += ['', f'{comparison.runs[name]}:', '', f'![predictions](images/{name}.jpg)']
     return lines
+
+
+def run_row(comparison: Comparison, name: str, runs: Path) -> list[str]:
+    """The line of a run and its other seeds, or none."""
+    files = [runs / name / 'metrics.json', *sorted(runs.glob(f'{name}_seed*/metrics.json'))]
+    if not files[0].is_file():
+        return []
+    seeds = [json.loads(file.read_text()) for file in files]
+    figures = ' | '.join(
+        mean_and_spread([comparison.scale * run[m] for run in seeds if m in run]) for m in comparison.figures
+    )
+    return [f'| quickstart/{name} | {comparison.runs[name]} | {figures} | {seeds[0]["iterations"]} |']
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
@@ -251,15 +307,18 @@ def mean_and_spread(values: Sequence[float]) -> str:
     return f'{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({len(values)})'
 
 
-def models_page(runs: Path) -> str:
-    """docs/models.md: every model, with images per second where runs/throughput.json holds them."""
+def models_page(runs: Path, earlier: str = '') -> str:
+    """docs/models.md: every model, with images per second from runs/throughput.json or else the `earlier` page."""
     rows = [models.describe(name) for name in list_models()]
     written_by = 'densezoo models --format markdown'
     measured = runs / 'throughput.json'
     if measured.is_file():
-        speeds = {row['name']: row['images_per_second'] for row in json.loads(measured.read_text())}
-        for row in rows:
-            row['images_per_second'] = speeds.get(row['name'])
+        speeds = {line['name']: line['images_per_second'] for line in json.loads(measured.read_text())}
+    else:
+        speeds = earlier_speeds(earlier)
+    for line in rows:
+        line['images_per_second'] = speeds.get(line['name'])
+    if speeds:
         written_by += ' --throughput'
     return (
         f'# Models\n\nWritten by `{written_by}`; top-1 on ImageNet-1k as published. images/s: here, on two CPU cores, '
@@ -267,22 +326,33 @@ def models_page(runs: Path) -> str:
     )
 
 
+def earlier_speeds(page: str) -> dict[str, float]:
+    """Images per second by model, of a page that `models_page` wrote."""
+    cells = [[cell.strip() for cell in line.split('|')[1:-1]] for line in page.splitlines() if line.startswith('|')]
+    if not cells or (title := models.COLUMNS['images_per_second']) not in cells[0]:
+        return {}
+    column = cells[0].index(title)
+    return {line[0]: float(line[column]) for line in cells[2:] if line[column]}
+
+
 @report_errors
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = argparse.ArgumentParser(description='Write the tables and pictures of README and docs.')
     arguments.add_argument('runs', type=Path, help='folder with a run folder per quickstart')
     runs = arguments.parse_args(argv).runs
-    rows = quickstart_rows(runs)
-    if len(rows) == 2:
+    if not any(runs.glob('*/metrics.json')) and not any(runs.glob('*.json')):
         raise ValueError(f'no finished quickstart in {runs}: expected {runs}/detection/metrics.json and so on')
-    images = ROOT / 'docs' / 'images'
-    (ROOT / 'docs' / 'results.md').write_text(results_page(runs, images))
-    (ROOT / 'docs' / 'models.md').write_text(models_page(runs))
+    docs, images = ROOT / 'docs', ROOT / 'docs' / 'images'
+    for path in (docs / 'results.md', docs / 'models.md'):
+        earlier = path.read_text() if path.is_file() else ''
+        path.write_text(models_page(runs, earlier) if path.stem == 'models' else results_page(runs, images, earlier))
     banner = [picture for task in TASKS if task != 'classification' for picture in latest_pictures(runs / task, 1)]
-    write_sheet(banner, images / 'quickstarts.jpg', 2, 1400)
+    if len(banner) == len(TASKS) - 1:
+        write_sheet(banner, images / 'quickstarts.jpg', 2, 1400)
     readme = (ROOT / 'README.md').read_text()
     before, rest = readme.split(MARKS[0])
     _, after = rest.split(MARKS[1])
+    rows = quickstart_rows(runs, readme)
     (ROOT / 'README.md').write_text(f'{before}{MARKS[0]}\n' + '\n'.join(rows) + f'\n{MARKS[1]}{after}')
     return 0
 

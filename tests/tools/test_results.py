@@ -61,6 +61,49 @@ def test_seeds_of_a_config_share_a_row(tmp_path):
     assert lines[-1] == '| quickstart/segmentation | FPN and Semantic FPN, semantic alone |  | 76.00 |  |  | 1000 |'
 
 
+def test_what_has_no_run_stays_as_the_page_has_it(tmp_path):
+    earlier, later, images = tmp_path / 'earlier', tmp_path / 'later', tmp_path / 'images'
+    images.mkdir()
+    (images / 'segmentation_sbcb.jpg').write_bytes(b'')
+    finish(earlier, 'restoration', psnr=25.0, psnr_over_blur=1.5)
+    finish(earlier, 'segmentation', mIoU=0.7, boundary_F=0.6)
+    finish(earlier, 'segmentation_sbcb', mIoU=0.71, boundary_F=0.7)
+    rows = [{'name': 'x', 'ours': 1.0, 'peer': 2.0, 'peer_name': 'p', 'ratio': 2.0, 'ours_bytes': None}]
+    (earlier / 'benchmark_hilo.json').write_text(json.dumps(rows))
+    page, readme = results.results_page(earlier, images), '\n'.join(results.quickstart_rows(earlier))
+    later.mkdir()
+    assert results.results_page(later, images, page) == page
+    assert '\n'.join(results.quickstart_rows(later, readme)) == readme
+    finish(later, 'segmentation_gnconv', mIoU=0.72, boundary_F=0.61)
+    finish(later, 'restoration', psnr=26.0, psnr_over_blur=2.5)
+    new = results.results_page(later, images, page)
+    lines = new.splitlines()
+    kept = lines.index('| quickstart/segmentation_sbcb | the same with SBCB in training | 71.00 | 70.00 | 1000 |')
+    assert lines[kept + 1].startswith('| quickstart/segmentation_gnconv |') and '| 72.00 | 61.00 |' in lines[kept + 1]
+    assert '![predictions](images/segmentation_sbcb.jpg)' in lines and 'segmentation_gnconv.jpg' not in new
+    assert '| psnr | 26 |' in lines and '| psnr | 25 |' not in lines and new.count('### HiLo') == 1
+    assert results.quickstart_rows(later, readme)[-1].split(' | ')[3] == '2.50'
+
+
+def test_a_kept_row_is_of_the_same_columns(tmp_path):
+    comparison = next(c for c in results.COMPARISONS if c.title == 'Fewer tokens')
+    for name in comparison.runs:
+        finish(tmp_path, name, mIoU=0.5, boundary_F=0.4)
+    page = '\n'.join(results.comparison_lines(comparison, tmp_path, tmp_path))
+    other = comparison._replace(figures={'mIoU': 'mIoU'})
+    assert results.comparison_lines(comparison, tmp_path / 'none', tmp_path, page)
+    assert results.comparison_lines(other, tmp_path / 'none', tmp_path, page) == []
+
+
+def test_speeds_of_models_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, 'list_models', lambda: ['poolformer_s12'])
+    (tmp_path / 'throughput.json').write_text(json.dumps([{'name': 'poolformer_s12', 'images_per_second': 12.5}]))
+    page = results.models_page(tmp_path)
+    assert results.earlier_speeds(page) == {'poolformer_s12': 12.5}
+    assert results.models_page(tmp_path / 'none', page) == page
+    assert results.earlier_speeds(results.models_page(tmp_path / 'none')) == {}
+
+
 def test_every_comparison_is_of_quickstarts():
     known = {name.removeprefix('quickstart/') for name in config_names()}
     assert all(set(comparison.runs) <= known and comparison.figures for comparison in results.COMPARISONS)
