@@ -57,16 +57,20 @@ def fusion_scores(
         received: (B, N), the attention that each token receives.
         size: (B, N, 1) or None, which leaves its factor out.
     """
-    unit = metric / metric.norm(dim=-1, keepdim=True)
-    scores = (unit[:, ::2] @ unit[:, 1::2].mT + 1) / 2 if tau_sim else metric.new_ones(())
-    if tau_sim not in (0, 1):
-        scores = scores ** (1 / tau_sim)
     weight = torch.ones_like(received)  # powers of tokens, not of pairs
     if tau_info:
         weight = weight * _relative(received) ** (1 / tau_info)
     if tau_size and size is not None:
         weight = weight * _relative(size[..., 0]) ** (1 / tau_size)
-    return scores * weight[:, ::2, None] * weight[:, None, 1::2]
+    pairs = weight[:, ::2, None] * weight[:, None, 1::2]
+    if not tau_sim:
+        return pairs
+    unit = metric / metric.norm(dim=-1, keepdim=True)
+    cosine = unit[:, ::2] @ unit[:, 1::2].mT
+    if tau_sim != 1:
+        return ((cosine + 1) / 2) ** (1 / tau_sim) * pairs
+    pairs = pairs / 2
+    return torch.addcmul(pairs, cosine, pairs)
 
 
 def fuse_by_scores(scores: Tensor, r: int, *, class_token: bool, both_ways: bool = True) -> Fusion:
@@ -85,10 +89,10 @@ def fuse_by_scores(scores: Tensor, r: int, *, class_token: bool, both_ways: bool
     most = (in_a + in_b - class_token) // 2
     if not 0 <= r <= most:
         raise ValueError(f'r must be from 0 to {most}, got {r=}')
-    if class_token:
-        scores = torch.cat((scores.new_full((B, 1, in_b), float('-inf')), scores[:, 1:]), 1)
     first = r // 2 if both_ways else r
     best, partner = scores.max(2)
+    if class_token:
+        best = torch.cat((best.new_full((B, 1), float('-inf')), best[:, 1:]), 1)
     order = falling(best)
     stay, source = order[:, first:], order[:, :first]
     if class_token:
@@ -97,7 +101,8 @@ def fuse_by_scores(scores: Tensor, r: int, *, class_token: bool, both_ways: bool
     places = torch.arange(max(kept, in_b), device=scores.device).expand(B, -1)
     place_a = torch.zeros_like(partner).scatter(1, stay, places[:, :kept])
     if both_ways:
-        remaining = scores.scatter(1, source[..., None].expand(-1, -1, in_b), float('-inf'))
+        gone = torch.cat((torch.zeros_like(order[:, :1]), source), 1) if class_token else source
+        remaining = scores + torch.zeros_like(best).scatter(1, gone, float('-inf'))[..., None]
         best_b, partner_b = remaining.max(1)
         order_b = falling(best_b)
         second = r - first

@@ -139,7 +139,7 @@ def _alike(cosine: float, wanted: float) -> str:
 def row(name: str, *, reduced: bool, columns: Sequence[str] = COLUMNS) -> dict[str, str]:
     """One model's line of the matrix: 'yes, ...' or the reason, by column."""
     model: Any = build(name, reduced=reduced)
-    side = model.default_cfg['input_size'][-1]
+    side = max(model.default_cfg['input_size'][-1], model.sizes.minimum)
     size = (64, 96) if reduced and model.sizes.dynamic else (side, side)
     if not model.sizes.dynamic:
         size = model.sizes.height_width

@@ -195,7 +195,7 @@ class TokenAttention(HeadSplit):
 
     def weigh(self, query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
         """p, (B, h, N, M)."""
-        logits = biased((query * self.scale) @ key.transpose(-2, -1), bias)
+        logits = biased(scaled_products(query, key, self.scale), bias)
         return logits.softmax(-1) if self.softmax is None else self.softmax(logits)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -215,7 +215,7 @@ class TokenAttention(HeadSplit):
         drop = self.attn_drop if self.training else 0.0
         if self.softmax is None:
             return F.scaled_dot_product_attention(query, key, value, bias, dropout_p=drop, scale=self.scale)
-        logits = (query * self.scale) @ key.transpose(-2, -1)
+        logits = scaled_products(query, key, self.scale)
         return F.dropout(self.softmax(logits if bias is None else logits + bias), drop, self.training) @ value
 
     def _in_windows(self, qkv: Tensor, grid: tuple[int, int], bias: Tensor | None) -> Tensor:
@@ -254,6 +254,17 @@ def linear_rows(qkv: nn.Linear, x: Tensor, first: int, last: int) -> Tensor:
     width = qkv.out_features // 3
     bias = None if qkv.bias is None else qkv.bias[first * width : last * width]
     return linear(x, qkv.weight[first * width : last * width], bias)
+
+
+def scaled_products(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """scale q[i] . k[j], (B, h, N, M), of queries (B, h, N, d) and keys (B, h, M, d)."""
+    if not inferring():
+        return (query * scale) @ key.transpose(-2, -1)
+    # `@` would copy the keys a channel at a time, as they lie apart in memory for every head: 3.4 ms for 2.4 with 16
+    # images of 117 tokens
+    unread = query.new_empty(1, 1, 1)
+    out = torch.baddbmm(unread, query.flatten(0, 1), key.flatten(0, 1).mT, beta=0, alpha=scale)
+    return out.unflatten(0, query.shape[:2])
 
 
 def biased(logits: Tensor, bias: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..layers.token_attention import biased, linear_rows, split_heads
+from ..layers.token_attention import biased, linear_rows, scaled_products, split_heads
 from .interface import Reduction, TokenModel, Tokens
 
 
@@ -40,7 +40,7 @@ class TimmBlock:
         return split_heads(linear_rows(attn.qkv, self.block.norm1(x), 2, 3), attn.num_heads, 1)[0]
 
     def weigh(self, query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
-        logits = (query * self.block.attn.scale) @ key.transpose(-2, -1)
+        logits = scaled_products(query, key, self.block.attn.scale)
         return self.block.attn.attn_drop(biased(logits, bias).softmax(-1))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:

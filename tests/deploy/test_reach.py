@@ -214,9 +214,13 @@ def test_heads_on_two_backbones(name, backbone, tmp_path, monkeypatch):
     head_deploys(partial(make, backbone=tasks.PYRAMID) if 'backbone' in parameters else make, tmp_path)
 
 
+AT_ITS_SIZE = ('onnx', 'fp16', 'engine')  # a minute each; the other cells three
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize('columns', [AT_ITS_SIZE, [c for c in COLUMNS if 'int8' not in c]], ids=['its_size', 'sizes'])
 @pytest.mark.parametrize('name', families())
-def test_the_smallest_of_every_family(name):
-    cells = row(name, reduced=False, columns=[c for c in COLUMNS if 'int8' not in c])
+def test_the_smallest_of_every_family(name, columns):
+    cells = row(name, reduced=False, columns=columns)
     reasons = [cell for cell in cells.values() if not cell.startswith(('yes', 'no: its'))]
     assert cells['onnx'].startswith('yes') and not reasons, cells

@@ -85,6 +85,15 @@ def test_every_place_is_taken(N, r, both_ways):
     torch.testing.assert_close(mean_to_places(x, share, place, kept, moved), expected)
 
 
+@pytest.mark.parametrize('r', [0, 1, 2, 5])
+@pytest.mark.parametrize('both_ways', [True, False])
+def test_the_class_token_stays_alone(r, both_ways):
+    scores = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(r))
+    scores[:, 0] = 2  # everybody's best partner, if it could be one
+    place = fuse_by_scores(scores, r, class_token=True, both_ways=both_ways).place
+    assert (place[:, 0] == 0).all() and (place[:, 1:] > 0).all()
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match=r'r must be from 0 to 4, got r=5'):
         fuse_by_scores(torch.rand(1, 5, 4), 5, class_token=True)
