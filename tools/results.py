@@ -262,7 +262,7 @@ def results_page(runs: Path, images: Path, earlier: str = '') -> str:
 
 
 def comparison_lines(comparison: Comparison, runs: Path, images: Path, earlier: str = '') -> list[str]:
-    """Lines on the runs of a comparison, if there are two or more; with their pictures where it asks for them.
+    """Lines on the runs of a comparison, if any is more than a task's own; with their pictures where it asks for them.
 
     Of runs that are not there, the rows of the `earlier` page stay, if it had the same columns.
     """
@@ -273,7 +273,7 @@ def comparison_lines(comparison: Comparison, runs: Path, images: Path, earlier: 
         if not rows[name] and header in before:
             rows[name] = row(before, f'quickstart/{name}')
     names = [name for name in rows if rows[name]]
-    if len(names) < 2:
+    if all(name in TASKS for name in names):  # they have sections of their own
         return []
     lines = ['', f'## {comparison.title}', '', '```', *(f'densezoo train quickstart/{name}' for name in names), '```']
     lines += ['', header, '|---|---|' + '---:|' * (len(comparison.figures) + 1), *(rows[name][0] for name in names)]

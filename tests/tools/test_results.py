@@ -29,8 +29,9 @@ def test_tables_hold_what_the_runs_have(tmp_path):
 def test_runs_that_compare_share_a_table(tmp_path):
     titled = {comparison.title: comparison for comparison in results.COMPARISONS}
     small, heads = titled['Small backbones from scratch'], titled['Segmentation heads']
-    finish(tmp_path, 'classification_cct', **{'accuracy/top1': 0.991})
+    finish(tmp_path, 'classification', **{'accuracy/top1': 0.975})
     assert results.comparison_lines(small, tmp_path, tmp_path) == []
+    finish(tmp_path, 'classification_cct', **{'accuracy/top1': 0.991})
     finish(tmp_path, 'classification_dhvt', **{'accuracy/top1': 0.982})
     assert results.comparison_lines(small, tmp_path, tmp_path)[-2:] == [
         '| quickstart/classification_cct | CCT | 99.10 | 1000 |',
