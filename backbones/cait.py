@@ -23,7 +23,7 @@ from .layers.norm import NormFactory
 from .layers.patches import build_stem
 from .layers.positions import PositionTable
 from .layers.scale import fold_scale
-from .layers.token_attention import TOKEN_MIXERS, HeadSplit, scaled_products
+from .layers.token_attention import TOKEN_MIXERS, HeadSplit, biased, scaled_products
 from .plain import Plain, block_windows, check_plain
 from .registry import register, weights
 
@@ -57,7 +57,7 @@ class TalkingHeads(HeadSplit):
 
     def weigh(self, query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
         logits = self._mix(scaled_products(query, key, self.scale), self.proj_l)
-        return self._mix((logits if bias is None else logits + bias).softmax(-1), self.proj_w)
+        return self._mix(biased(logits, bias).softmax(-1), self.proj_w)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
         return self.weigh(query, key, bias) @ value

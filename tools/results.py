@@ -18,7 +18,7 @@ import platform
 import re
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,6 +59,7 @@ class Comparison(NamedTuple):
     scale: float = 100  # fractions as per cent
 
 
+RESTORED = {'psnr': 'PSNR, dB', 'psnr_gain': 'over the input, dB', 'ssim': 'SSIM'}
 COMPARISONS = (
     Comparison(
         title='Small backbones from scratch',
@@ -112,7 +113,7 @@ COMPARISONS = (
     Comparison(
         title='Rain and snow',
         what='decoder',
-        figures={'psnr': 'PSNR, dB', 'psnr_gain': 'over the input, dB', 'ssim': 'SSIM'},
+        figures=RESTORED,
         runs={
             'restoration_rainsnow': "Histoformer's blocks, 47.4 thousand multiply-adds per pixel",
             'restoration_rainsnow_unet': 'residual blocks, 55.9 thousand',
@@ -131,7 +132,7 @@ COMPARISONS = (
     Comparison(
         title='Other degradations',
         what='network',
-        figures={'psnr': 'PSNR, dB', 'psnr_gain': 'over the input, dB', 'ssim': 'SSIM'},
+        figures=RESTORED,
         runs={
             'restoration': 'ConvFormer under residual blocks: noise',
             'restoration_allinone': 'TAT: noise, haze, rain or blur',
@@ -182,7 +183,7 @@ def section(page: str, heading: str) -> list[str]:
     return ['', *'\n'.join(lines[start:end]).rstrip().splitlines()]
 
 
-def row(lines: Sequence[str], first: str) -> list[str]:
+def table_row(lines: Sequence[str], first: str) -> list[str]:
     """The line of a Markdown table whose first cell this is, or none."""
     return [line for line in lines if line.startswith(f'| {first} |')][:1]
 
@@ -201,7 +202,7 @@ def quickstart_rows(runs: Path, earlier: str = '') -> list[str]:
                 f'| {metrics["seconds"] / 60:.1f} min |'
             )
         else:
-            lines += row(earlier.splitlines(), f'`densezoo train quickstart/{task}`')
+            lines += table_row(earlier.splitlines(), f'`densezoo train quickstart/{task}`')
     return lines
 
 
@@ -268,10 +269,8 @@ def comparison_lines(comparison: Comparison, runs: Path, images: Path, earlier: 
     """
     before = section(earlier, f'## {comparison.title}')
     header = f'| config | {comparison.what} | {" | ".join(comparison.figures.values())} | iterations |'
-    rows = {name: run_row(comparison, name, runs) for name in comparison.runs}
-    for name in rows:
-        if not rows[name] and header in before:
-            rows[name] = row(before, f'quickstart/{name}')
+    kept = before if header in before else []
+    rows = {name: run_row(comparison, name, runs) or table_row(kept, f'quickstart/{name}') for name in comparison.runs}
     names = [name for name in rows if rows[name]]
     if all(name in TASKS for name in names):  # they have sections of their own
         return []
@@ -313,11 +312,11 @@ def models_page(runs: Path, earlier: str = '') -> str:
     written_by = 'densezoo models --format markdown'
     measured = runs / 'throughput.json'
     if measured.is_file():
-        speeds = {line['name']: line['images_per_second'] for line in json.loads(measured.read_text())}
+        speeds = {row['name']: row['images_per_second'] for row in json.loads(measured.read_text())}
     else:
         speeds = earlier_speeds(earlier)
-    for line in rows:
-        line['images_per_second'] = speeds.get(line['name'])
+    for row in rows:
+        row['images_per_second'] = speeds.get(row['name'])
     if speeds:
         written_by += ' --throughput'
     return (
@@ -335,6 +334,18 @@ def earlier_speeds(page: str) -> dict[str, float]:
     return {line[0]: float(line[column]) for line in cells[2:] if line[column]}
 
 
+def readme_page(runs: Path, earlier: str) -> str:
+    """README.md with the table of the quickstarts between its marks."""
+    before, rest = earlier.split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    return f'{before}{MARKS[0]}\n' + '\n'.join(quickstart_rows(runs, earlier)) + f'\n{MARKS[1]}{after}'
+
+
+def rewrite(path: Path, write: Callable[[str], str]) -> None:
+    """A page anew, from what it says now; '' if there is none."""
+    path.write_text(write(path.read_text() if path.is_file() else ''))
+
+
 @report_errors
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = argparse.ArgumentParser(description='Write the tables and pictures of README and docs.')
@@ -343,17 +354,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not any(runs.glob('*/metrics.json')) and not any(runs.glob('*.json')):
         raise ValueError(f'no finished quickstart in {runs}: expected {runs}/detection/metrics.json and so on')
     docs, images = ROOT / 'docs', ROOT / 'docs' / 'images'
-    for path in (docs / 'results.md', docs / 'models.md'):
-        earlier = path.read_text() if path.is_file() else ''
-        path.write_text(models_page(runs, earlier) if path.stem == 'models' else results_page(runs, images, earlier))
+    rewrite(docs / 'results.md', lambda earlier: results_page(runs, images, earlier))
+    rewrite(docs / 'models.md', lambda earlier: models_page(runs, earlier))
     banner = [picture for task in TASKS if task != 'classification' for picture in latest_pictures(runs / task, 1)]
     if len(banner) == len(TASKS) - 1:
         write_sheet(banner, images / 'quickstarts.jpg', 2, 1400)
-    readme = (ROOT / 'README.md').read_text()
-    before, rest = readme.split(MARKS[0])
-    _, after = rest.split(MARKS[1])
-    rows = quickstart_rows(runs, readme)
-    (ROOT / 'README.md').write_text(f'{before}{MARKS[0]}\n' + '\n'.join(rows) + f'\n{MARKS[1]}{after}')
+    rewrite(ROOT / 'README.md', lambda earlier: readme_page(runs, earlier))
     return 0
 
 

@@ -215,8 +215,7 @@ class TokenAttention(HeadSplit):
         drop = self.attn_drop if self.training else 0.0
         if self.softmax is None:
             return F.scaled_dot_product_attention(query, key, value, bias, dropout_p=drop, scale=self.scale)
-        logits = scaled_products(query, key, self.scale)
-        return F.dropout(self.softmax(logits if bias is None else logits + bias), drop, self.training) @ value
+        return F.dropout(self.weigh(query, key, bias), drop, self.training) @ value
 
     def _in_windows(self, qkv: Tensor, grid: tuple[int, int], bias: Tensor | None) -> Tensor:
         """(B, h, N, d)."""
